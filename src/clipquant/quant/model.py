@@ -99,7 +99,7 @@ def quantize_weights(
 def specs_for(
     targets: Iterable[Target], spec: QuantSpec, overrides: Mapping[str, int] | None
 ) -> dict[str, QuantSpec]:
-    """Return each weight's grid: `spec`, or that with the bits of the first override that matches."""
+    """Return each weight's grid: `spec`, or with the bits of the first override that matches."""
     names = [target.name for target in targets]
     check_globs(names, overrides=overrides)
     for bits in (overrides or {}).values():

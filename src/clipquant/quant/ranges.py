@@ -87,7 +87,7 @@ def narrow(grid: Grid, constant: Tensor) -> Grid:
 
 
 def recentre(grid: Grid, dtype: torch.dtype, constant: Tensor) -> Grid:
-    """Return the grid with its scale rounded to `dtype`, and its zero such that the low end stays."""
+    """Return the grid with scales rounded to `dtype`, and zeros such that the low ends stay."""
     scale = grid.scale.to(dtype)
     if grid.zero is None:
         return replace(grid, scale=scale)

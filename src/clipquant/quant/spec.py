@@ -70,7 +70,7 @@ class QuantSpec:
             object.__setattr__(self, "symmetric", self.bits == MAX_BITS and self.levels is None)
         if self.symmetric and self.steps < 2:
             raise ValueError(
-                f"a symmetric grid needs 2 steps or more (one code each side of zero); bits={self.bits}, "
+                f"a symmetric grid needs 2 steps or more (a code each side of zero); bits={self.bits}, "
                 f"levels={self.levels} leave {self.steps}. Use symmetric=False, or bits=2."
             )
 
@@ -79,7 +79,7 @@ class QuantSpec:
         """Number of steps between the grid's ends."""
         if self.levels is not None:
             return self.levels
-        return 2**self.bits - (2 if self.symmetric else 1)
+        return (1 << self.bits) - (2 if self.symmetric else 1)
 
     @property
     def width(self) -> int:
