@@ -114,10 +114,11 @@ def load_quantized(
         ArtifactError: If the file is missing, damaged or of a newer format, or `model` differs
             from what was saved (names the missing, the unexpected and the misshapen tensors).
 
-    >>> load_quantized("no-such-file.safetensors")
+    >>> load_quantized("none.safetensors")
     Traceback (most recent call last):
     ...
-    clipquant.artifact.envelope.ArtifactError: no-such-file.safetensors cannot be read: no such file or directory.
+    clipquant.artifact.envelope.ArtifactError: none.safetensors cannot be read: no such file or \
+directory.
     """
     state = read_artifact(path).weights.state_dict()
     if model is None:

@@ -208,7 +208,7 @@ def _nothing(left: list[LeftInFloat], include: Globs, exclude: Globs) -> str:
         "; ".join(f"{item.name} ({item.why})" for item in left[:5]) or "no floating tensor at all"
     )
     return (
-        "the model has no weight to quantize: Conv, ConvTranspose, Linear, Embedding, attention and "
-        f"recurrent weights are; got include={include}, exclude={exclude} and {kept}. "
+        "the model has no weight to quantize: Conv, ConvTranspose, Linear, Embedding, attention "
+        f"and recurrent weights are; got include={include}, exclude={exclude} and {kept}. "
         "Widen include or narrow exclude."
     )

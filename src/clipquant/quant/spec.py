@@ -70,8 +70,9 @@ class QuantSpec:
             object.__setattr__(self, "symmetric", self.bits == MAX_BITS and self.levels is None)
         if self.symmetric and self.steps < 2:
             raise ValueError(
-                f"a symmetric grid needs 2 steps or more (a code each side of zero); bits={self.bits}, "
-                f"levels={self.levels} leave {self.steps}. Use symmetric=False, or bits=2."
+                "a symmetric grid needs 2 steps or more (a code each side of zero); "
+                f"bits={self.bits}, levels={self.levels} leave {self.steps}. Use symmetric=False, "
+                "or bits=2."
             )
 
     @property

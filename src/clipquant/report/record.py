@@ -1,4 +1,4 @@
-"""What a reporter may see: one frozen record of what was quantized, what it gained and what it cost."""
+"""All that a reporter may see: one frozen record of what was gained and what it cost."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ def bits_per_weight(tensors: Iterable[QuantizedTensor]) -> float:
 def sqnr_db(weight: Tensor, quantized: Tensor) -> float:
     """Return 10 log10(sum w^2 / sum (w - w_q)^2) in dB.
 
+    >>> import torch
     >>> round(sqnr_db(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.8])), 2)
     20.0
     """
