@@ -13,7 +13,8 @@ from clipquant.artifact import load_state, save_artifact, serialize
 from clipquant.quant.layers import Globs
 from clipquant.quant.model import QuantizedWeights, check_method, quantize_weights
 from clipquant.quant.spec import Granularity
-from clipquant.report.record import QuantizationReport, bits_per_weight, layer_records
+from clipquant.report.layers import bits_per_weight, layer_records
+from clipquant.report.record import QuantizationReport
 
 
 @dataclass(frozen=True)
