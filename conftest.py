@@ -1,12 +1,19 @@
-"""Collects the Python snippets of README.md as tests."""
+"""Collects the Python snippets of README.md as tests, and gives docstrings' examples the name torch."""
 
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+
+@pytest.fixture(autouse=True)
+def _name_torch(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace["torch"] = torch
 
 
 def enter_folder(namespace: dict[str, Any]) -> None:

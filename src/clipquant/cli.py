@@ -84,14 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.help, description=command.help))
+        command.add_arguments(
+            commands.add_parser(name, help=command.help, description=command.help)
+        )
     return parser
 
 
 def run_trainer(args: Sequence[str]) -> int:
     """Run one of Lightning's commands, with this package's classes known by their short names."""
     if find_spec("jsonargparse") is None or find_spec("docstring_parser") is None:
-        raise CommandError(f"clipquant {args[0]} needs jsonargparse[signatures]: pip install 'clipquant[cli]'.")
+        raise CommandError(
+            f"clipquant {args[0]} needs jsonargparse[signatures]: pip install 'clipquant[cli]'."
+        )
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningCLI
 
@@ -118,7 +122,10 @@ def _is_told_here(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "clipquant"
+    return (
+        frame is not None
+        and str(frame.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "clipquant"
+    )
 
 
 COMMANDS: dict[str, Command] = {}

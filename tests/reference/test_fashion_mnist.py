@@ -21,7 +21,9 @@ def write_data(folder, suffix="", train=60_000, test=10_000, size=2):
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", train), ("t10k", test)):
         numbers = torch.arange(count)
-        pixels = torch.stack([numbers % 251, numbers // 251, numbers % 10, numbers % 7], dim=1).to(torch.uint8)
+        pixels = torch.stack([numbers % 251, numbers // 251, numbers % 10, numbers % 7], dim=1).to(
+            torch.uint8
+        )
         write_idx(folder / f"{name}-images-idx3-ubyte{suffix}", pixels.reshape(count, size, size))
         write_idx(folder / f"{name}-labels-idx1-ubyte{suffix}", (numbers % 10).to(torch.uint8))
 
@@ -38,7 +40,9 @@ def test_any_folder_given_is_read(tmp_path, suffix, below):
     data.setup()
     assert [len(part) for part in data.parts] == [55_000, 5_000, 10_000]
     assert data.parts[1].labels.bincount().tolist() == [500] * 10
-    numbers = torch.cat([p.images[:, 0, 0, 0].long() + 251 * p.images[:, 0, 0, 1].long() for p in data.parts[:2]])
+    numbers = torch.cat(
+        [p.images[:, 0, 0, 0].long() + 251 * p.images[:, 0, 0, 1].long() for p in data.parts[:2]]
+    )
     assert sorted(numbers.tolist()) == list(range(60_000))
     for part in data.parts:
         assert torch.equal(part.images[:, 0, 1, 0].long(), part.labels)
@@ -55,7 +59,13 @@ def test_without_validation_all_images_are_trained_on(tmp_path):
 def test_given_folder_without_the_files_is_told_and_nothing_else_tried(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         FashionMNIST(root=str(tmp_path)).prepare_data()
-    for words in (str(tmp_path), "root=", "dataset-fashion-mnist", "torchvision", "train-images-idx3-ubyte"):
+    for words in (
+        str(tmp_path),
+        "root=",
+        "dataset-fashion-mnist",
+        "torchvision",
+        "train-images-idx3-ubyte",
+    ):
         assert words in str(caught.value)
 
 
@@ -64,7 +74,11 @@ def test_nowhere_names_all_three_ways(tmp_path, monkeypatch):
     forbid_torchvision(monkeypatch)
     with pytest.raises(FileNotFoundError) as caught:
         FashionMNIST().setup()
-    for words in ("root=FOLDER", "apt-get install dataset-fashion-mnist", "pip install torchvision"):
+    for words in (
+        "root=FOLDER",
+        "apt-get install dataset-fashion-mnist",
+        "pip install torchvision",
+    ):
         assert words in str(caught.value)
 
 

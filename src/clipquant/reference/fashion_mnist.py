@@ -14,7 +14,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipquant.reference.images import Batch, ByteImages, check_loader_settings, load_batches, split_stratified
+from clipquant.reference.images import (
+    Batch,
+    ByteImages,
+    check_loader_settings,
+    load_batches,
+    split_stratified,
+)
 
 MEAN, STD = 0.2860, 0.3530
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -61,10 +67,16 @@ class FashionMNIST(LightningDataModule):
         super().__init__()
         check_loader_settings(min(batch_size, eval_batch_size), num_workers)
         if not 0 <= val_size < 60_000:
-            raise ValueError(f"val_size must be at least 0 and below the 60,000 training images, got {val_size}.")
+            raise ValueError(
+                f"val_size must be at least 0 and below the 60,000 training images, got {val_size}."
+            )
         self.save_hyperparameters()
         self.root, self.val_size, self.seed = root, val_size, seed
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.batch_size, self.eval_batch_size, self.num_workers = (
+            batch_size,
+            eval_batch_size,
+            num_workers,
+        )
         self.parts: list[ByteImages] = []
 
     def prepare_data(self) -> None:
@@ -80,7 +92,9 @@ class FashionMNIST(LightningDataModule):
         )
         train = ByteImages(images.unsqueeze(1), labels.long(), MEAN, STD)
         sizes = [len(train) - self.val_size, self.val_size]
-        self.parts = [train.subset(part) for part in split_stratified(train.labels, sizes, self.seed)]
+        self.parts = [
+            train.subset(part) for part in split_stratified(train.labels, sizes, self.seed)
+        ]
         self.parts.append(ByteImages(test_images.unsqueeze(1), test_labels.long(), MEAN, STD))
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -115,7 +129,9 @@ def find_fashion_mnist(root: str | None = None) -> Path:
     Raises:
         FileNotFoundError: where it is nowhere; names the three ways to have it.
     """
-    given = [Path(root), Path(root) / "FashionMNIST" / "raw"] if root is not None else [DEBIAN_FOLDER]
+    given = (
+        [Path(root), Path(root) / "FashionMNIST" / "raw"] if root is not None else [DEBIAN_FOLDER]
+    )
     for folder in given:
         if all(path.is_file() for path in _list_files(folder)):
             return folder
@@ -143,14 +159,20 @@ def read_idx(path: Path) -> Tensor:
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is no idx file of unsigned bytes: it starts with {content[:4].hex() or 'nothing'}.")
+        raise ValueError(
+            f"{path} is no idx file of unsigned bytes: it starts with {content[:4].hex() or 'nothing'}."
+        )
     start = 4 + 4 * content[3]
     if len(content) < start:
-        raise ValueError(f"{path} is damaged: its header of {start} bytes ends after {len(content)}.")
+        raise ValueError(
+            f"{path} is damaged: its header of {start} bytes ends after {len(content)}."
+        )
     shape = struct.unpack_from(f">{content[3]}I", content, 4)
     follow = len(content) - start
     if follow != math.prod(shape):
-        raise ValueError(f"{path} is damaged: its header says shape {shape}, but {follow} bytes follow.")
+        raise ValueError(
+            f"{path} is damaged: its header says shape {shape}, but {follow} bytes follow."
+        )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
 
 

@@ -85,7 +85,9 @@ class EpochShuffle(Sampler[int]):
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
-def load_batches(data: ByteImages, batch_size: int, num_workers: int, seed: int | None = None) -> DataLoader[Batch]:
+def load_batches(
+    data: ByteImages, batch_size: int, num_workers: int, seed: int | None = None
+) -> DataLoader[Batch]:
     """Return a DataLoader of (images, labels); in order without a seed, shuffled anew each epoch with one."""
     return DataLoader(
         data,
@@ -105,7 +107,7 @@ def split_stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Te
     """Split item numbers at random into parts of exactly these sizes, each with the classes' shares of the whole.
 
     Every item gets its rank within its class, as a fraction; cutting the order of these fractions gives each part
-    its share of each class to within one item. The order within a part is random too.
+    its share of each class, up to the items at the two cuts. The order within a part is random too.
 
     Args:
         labels: int64 (N,), the class of each item.
@@ -125,7 +127,9 @@ def split_stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Te
         ([3, 2], [3, 2])
     """
     if min(sizes) < 0 or sum(sizes) > len(labels):
-        raise ValueError(f"sizes must be at least 0 and sum to at most {len(labels)} items, got {list(sizes)}.")
+        raise ValueError(
+            f"sizes must be at least 0 and sum to at most {len(labels)} items, got {list(sizes)}."
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     fraction = torch.empty(len(labels), dtype=torch.float64)
@@ -133,7 +137,9 @@ def split_stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Te
         members = order[labels[order] == label]
         fraction[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
     ranked = order[fraction[order].argsort(stable=True)][: sum(sizes)]
-    return [part[torch.randperm(len(part), generator=generator)] for part in ranked.split(list(sizes))]
+    return [
+        part[torch.randperm(len(part), generator=generator)] for part in ranked.split(list(sizes))
+    ]
 
 
 def check_loader_settings(batch_size: int, num_workers: int) -> None:

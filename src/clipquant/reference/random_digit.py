@@ -30,7 +30,9 @@ class RandomDigit(LightningDataModule):
     def __init__(self, steps: int = 100, target: int = 9, seed: int = 0) -> None:
         super().__init__()
         if steps < 1 or target < 0:
-            raise ValueError(f"steps must be at least 1 and target at least 0, got steps={steps}, target={target}.")
+            raise ValueError(
+                f"steps must be at least 1 and target at least 0, got steps={steps}, target={target}."
+            )
         self.save_hyperparameters()
         self.steps = steps
         self.image = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(seed))

@@ -104,12 +104,17 @@ class TwoConvNet(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with the schedule stepped once a training step where there is one."""
-        optimizer = getattr(torch.optim, self.optimizer_name)(self.parameters(), lr=self.lr, **self.optimizer_args)
+        optimizer = getattr(torch.optim, self.optimizer_name)(
+            self.parameters(), lr=self.lr, **self.optimizer_args
+        )
         if self.schedule == "constant":
             return optimizer
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         scheduler = _make_scheduler(optimizer, self.schedule, self.lr, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def _make_scheduler(
@@ -117,12 +122,16 @@ def _make_scheduler(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     if schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, cycle_momentum=False
+    )
 
 
 def _check_settings(num_classes: int, optimizer: str, schedule: str) -> None:
     if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}: pass the number of labels in the data.")
+        raise ValueError(
+            f"num_classes must be at least 2, got {num_classes}: pass the number of labels in the data."
+        )
     found = getattr(torch.optim, optimizer, None)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ValueError(
