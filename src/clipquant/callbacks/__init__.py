@@ -1,1 +1,5 @@
-"""callbacks."""
+"""Lightning callbacks."""
+
+from clipquant.callbacks.gradient_clip import GradientClipCallback
+
+__all__ = ["GradientClipCallback"]
