@@ -1,1 +1,1 @@
-"""quant."""
+"""Weights in, codes out: grids, methods and packing, as pure functions."""

@@ -1,0 +1,224 @@
+"""A model's weights to the tensors and the JSON object of a file, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipquant.artifact.envelope import ArtifactError, read_bytes, seal, unseal, write_whole
+from clipquant.quant.grid import dequantize
+from clipquant.quant.layers import LeftInFloat
+from clipquant.quant.model import QuantizedWeights
+from clipquant.quant.pack import pack, unpack
+from clipquant.quant.spec import Layout, QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a file holds: the weights, and the JSON object that describes them.
+
+    Args:
+        weights: Codes, scales and everything else of the model's state.
+        metadata: `format_version`, `tensors`, `aliases`, `left`, `versions`, `digests`, `sha256`
+            and whatever was given as `extra` when it was saved.
+    """
+
+    weights: QuantizedWeights
+    metadata: Mapping[str, Any]
+
+
+def save_artifact(
+    weights: QuantizedWeights, path: str | Path, extra: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the weights to `path`, so that either the whole new file stands there or the old one.
+
+    The file is written beside its place, synced, renamed, its folder synced, then read back and
+    compared before this returns.
+
+    Args:
+        weights: What to save.
+        path: Name of the file; its folder is made where it is missing.
+        extra: JSON-able entries for the metadata.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OSError: If the folder cannot be made, is not writable or full; an old file stays.
+        ArtifactError: If what was read back differs from what was written.
+    """
+    path = Path(path)
+    data = serialize(weights, extra)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, data)
+    if path.read_bytes() != data:
+        raise ArtifactError(
+            f"{path}: read back, the file differs from what was written; try again."
+        )
+    _compare(weights, _parse(data, path).weights, path)
+    return path
+
+
+def serialize(weights: QuantizedWeights, extra: Mapping[str, Any] | None = None) -> bytes:
+    """Return the bytes of the file, the same for the same weights and `extra`.
+
+    Args:
+        weights: What to save.
+        extra: JSON-able entries for the metadata.
+    """
+    about = {
+        "tensors": {name: _describe(tensor) for name, tensor in weights.tensors.items()},
+        "aliases": dict(weights.aliases),
+        "left": [[item.name, item.bytes, item.why] for item in weights.left],
+        "versions": _versions(),
+    }
+    return seal(_stored(weights), about | dict(extra or {}))
+
+
+def read_artifact(path: str | Path) -> Artifact:
+    """Return what a file holds, after proving that no byte of it has changed.
+
+    Args:
+        path: A file written by `save_artifact`.
+
+    Raises:
+        ArtifactError: If the file is missing, not an artifact, damaged, or of a newer format.
+    """
+    return _parse(read_bytes(path), path)
+
+
+def _parse(data: bytes, path: str | Path) -> Artifact:
+    stored, metadata = unseal(data, path)
+    return Artifact(_weights(stored, metadata), metadata)
+
+
+def load_quantized(
+    path: str | Path, model: nn.Module | None = None
+) -> dict[str, Tensor] | nn.Module:
+    """Return the state dict that a file holds, dequantized, or `model` with it loaded.
+
+    Args:
+        path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
+        model: A module of the architecture that was saved. Left untouched unless all fits.
+
+    Returns:
+        Without `model`: every key of the saved model's state dict -> tensor, for
+        `load_state_dict`. With it: `model` itself.
+
+    Raises:
+        ArtifactError: If the file is missing, damaged or of a newer format, or `model` differs
+            from what was saved (names the missing, the unexpected and the misshapen tensors).
+
+    >>> load_quantized("none.safetensors")
+    Traceback (most recent call last):
+    ...
+    clipquant.artifact.envelope.ArtifactError: none.safetensors cannot be read: no such file or \
+directory.
+    """
+    state = read_artifact(path).weights.state_dict()
+    if model is None:
+        return state
+    return load_state(model, state, str(path))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    """Load a state dict into `model` if every key and shape fits; otherwise change nothing."""
+    own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    misshapen = [
+        f"{k} is {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
+        for k in own.keys() & state.keys()
+        if own[k].shape != state[k].shape
+    ]
+    faults = {
+        "missing from the file": sorted(own.keys() - state.keys()),
+        "not in the model": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(misshapen),
+    }
+    if any(faults.values()):
+        said = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
+        raise ArtifactError(
+            f"{source} does not fit {type(model).__name__}: {said}. "
+            "Build the model with the arguments it was trained with."
+        )
+    model.load_state_dict(dict(state), strict=False)
+    return model
+
+
+def _stored(weights: QuantizedWeights) -> dict[str, Tensor]:
+    """Return the tensors of the file: NAME.q, NAME.scale, NAME.zero, NAME.bits, and the rest."""
+    stored = dict(weights.floats)
+    for name, tensor in weights.tensors.items():
+        parts = {"q": pack(tensor.codes, tensor.bits), "scale": tensor.scale, "zero": tensor.zero}
+        parts["bits"] = tensor.bits if isinstance(tensor.bits, Tensor) else None
+        for part, value in parts.items():
+            key = f"{name}.{part}"
+            if key in stored:
+                raise ArtifactError(
+                    f"the model has a tensor {key!r}, which is a name of the file's own."
+                )
+            if value is not None:
+                stored[key] = value
+    return {name: value.cpu().contiguous() for name, value in stored.items()}
+
+
+def _describe(tensor: QuantizedTensor) -> dict[str, Any]:
+    return {
+        "bits": "rows" if isinstance(tensor.bits, Tensor) else tensor.bits,
+        "levels": tensor.levels,
+        "symmetric": tensor.symmetric,
+        "granularity": _granularity(tensor),
+        "axis": tensor.layout.axis,
+        "groups": tensor.layout.groups,
+        "shape": list(tensor.layout.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "method": tensor.method,
+    }
+
+
+def _granularity(tensor: QuantizedTensor) -> str | int:
+    if tensor.group_size < tensor.layout.columns:
+        return tensor.group_size
+    return "tensor" if tensor.scale.shape[0] == 1 < tensor.layout.rows else "channel"
+
+
+def _weights(stored: dict[str, Tensor], metadata: Mapping[str, Any]) -> QuantizedWeights:
+    tensors = {name: _quantized(name, about, stored) for name, about in metadata["tensors"].items()}
+    left = tuple(LeftInFloat(*item) for item in metadata["left"])
+    return QuantizedWeights(tensors, stored, metadata["aliases"], left)
+
+
+def _quantized(name: str, about: Mapping[str, Any], stored: dict[str, Tensor]) -> QuantizedTensor:
+    """Take one weight's parts out of `stored`."""
+    layout = Layout(tuple(about["shape"]), about["axis"], about["groups"])
+    bits = stored.pop(f"{name}.bits", about["bits"])
+    codes = unpack(stored.pop(f"{name}.q"), bits, (layout.rows, layout.columns))
+    granularity = about["granularity"]
+    return QuantizedTensor(
+        codes,
+        stored.pop(f"{name}.scale"),
+        stored.pop(f"{name}.zero", None),
+        bits,
+        about["levels"],
+        granularity if isinstance(granularity, int) else layout.columns,
+        layout,
+        getattr(torch, about["dtype"]),
+        about["method"],
+    )
+
+
+def _versions() -> dict[str, str]:
+    from clipquant import __version__
+
+    return {"clipquant": __version__, "torch": torch.__version__}
+
+
+def _compare(written: QuantizedWeights, read: QuantizedWeights, path: Path) -> None:
+    """Raise unless each weight that was read stands for exactly the value that was meant."""
+    for name, tensor in written.tensors.items():
+        if not torch.equal(dequantize(tensor).cpu(), dequantize(read.tensors[name])):
+            raise ArtifactError(f"{path}: read back, {name} differs from what was written.")

@@ -1,0 +1,131 @@
+"""The command line: Lightning's own commands with this package's names, and commands on quantized files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from clipquant import __version__
+
+TRAINER_COMMANDS = {
+    "fit": "train the model of a YAML file: clipquant fit --config FILE",
+    "validate": "run one validation epoch",
+    "test": "run one test epoch",
+    "predict": "run the model over the prediction data",
+}
+
+
+class CommandError(Exception):
+    """What the user has to change; shown as it is, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command on files: its help line, the arguments it takes and what it does with them.
+
+    Args:
+        help: one line for ``clipquant --help``.
+        add_arguments: declares the arguments on the command's parser.
+        run: does the work and returns the exit code.
+    """
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 for success, 1 for an error, 2 for wrong usage.
+
+    Args:
+        argv: the arguments after the program's name; None: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = args[:1] == ["--traceback"]
+    args = args[show_traceback:]
+    try:
+        return run_trainer(args) if args and args[0] in TRAINER_COMMANDS else run_command(args)
+    except (CommandError, ValueError, TypeError, OSError, ImportError) as error:
+        if show_traceback or not _is_told_here(error):
+            raise
+        print(f"clipquant: error: {error}", file=sys.stderr)
+        return 1
+
+
+def run_command(args: Sequence[str]) -> int:
+    """Parse ``args`` and run the command on files that they name."""
+    parser = build_parser()
+    parsed = parser.parse_args(args)
+    if parsed.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return COMMANDS[parsed.command].run(parsed)
+    except OSError as error:
+        raise CommandError(error) from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands, those of the Trainer with their help line only."""
+    parser = argparse.ArgumentParser(
+        prog="clipquant",
+        description="Gradient clipping and weight quantization as PyTorch Lightning callbacks.",
+        epilog="clipquant COMMAND --help shows the arguments of a command. "
+        "clipquant --traceback COMMAND ... shows where an error was raised.",
+    )
+    parser.add_argument("--version", action="version", version=f"clipquant {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in TRAINER_COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            commands.add_parser(name, help=command.help, description=command.help)
+        )
+    return parser
+
+
+def run_trainer(args: Sequence[str]) -> int:
+    """Run one of Lightning's commands, with this package's classes known by their short names."""
+    if find_spec("jsonargparse") is None or find_spec("docstring_parser") is None:
+        raise CommandError(
+            f"clipquant {args[0]} needs jsonargparse[signatures]: pip install 'clipquant[cli]'."
+        )
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.cli import LightningCLI
+
+    _import_names()
+    try:
+        # Without a logger the configuration would land in the working folder, and a second run stop at it.
+        LightningCLI(args=list(args), save_config_kwargs={"overwrite": True})
+    except MisconfigurationException as error:
+        raise CommandError(error) from error
+    return 0
+
+
+def _import_names() -> None:
+    # jsonargparse resolves a short class_path among the subclasses that are imported.
+    import clipquant.callbacks
+    import clipquant.clip
+    import clipquant.reference  # noqa: F401
+
+
+def _is_told_here(error: BaseException) -> bool:
+    """Say whether this package raised the error itself, with words for the user, rather than met it in other code."""
+    if isinstance(error, CommandError):
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return (
+        frame is not None
+        and str(frame.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "clipquant"
+    )
+
+
+COMMANDS: dict[str, Command] = {}

@@ -1,0 +1,130 @@
+"""Quantizing without a Trainer: a model in, a `QuantizedModel` out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from clipquant.artifact import load_state, save_artifact, serialize
+from clipquant.quant.layers import Globs
+from clipquant.quant.model import QuantizedWeights, check_method, quantize_weights
+from clipquant.quant.spec import Granularity
+from clipquant.report.record import QuantizationReport, bits_per_weight, layer_records
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A model's quantized weights, apart from the model.
+
+    Args:
+        weights: Codes, scales and every other tensor of the model's state.
+        report: What was gained and what it cost.
+    """
+
+    weights: QuantizedWeights
+    report: QuantizationReport
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the model's state dict, the quantized weights dequantized."""
+        return self.weights.state_dict()
+
+    def apply_to(self, model: nn.Module) -> nn.Module:
+        """Load the dequantized weights into `model`, which keeps its class, keys and dtypes.
+
+        Args:
+            model: A module of the same architecture.
+
+        Returns:
+            `model`.
+
+        Raises:
+            ArtifactError: If a key or a shape differs; then nothing is changed.
+        """
+        return load_state(model, self.state_dict(), "the quantized model")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file that `load_quantized` reads: whole or not at all.
+
+        Args:
+            path: Its name.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        return save_artifact(self.weights, path)
+
+
+def quantize(
+    model: nn.Module,
+    bits: int = 8,
+    *,
+    levels: int | None = None,
+    symmetric: bool | None = None,
+    granularity: Granularity = "channel",
+    method: str = "auto",
+    include: Globs = None,
+    exclude: Globs = None,
+    overrides: Mapping[str, int] | None = None,
+    data: Iterable[Any] | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+) -> QuantizedModel:
+    """Return `model` quantized; `model` itself is never touched.
+
+    Args:
+        model: Any module.
+        bits: Width of a code, 1 to 8.
+        levels: Steps of the grid, instead of the most that `bits` allow.
+        symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
+        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
+        method: "rtn", round to nearest on the min-max grid.
+        include: Globs over state-dict keys; None: every known weight.
+        exclude: Globs over state-dict keys that stay in float.
+        overrides: Glob over state-dict keys -> bits for those weights.
+        data: Calibration inputs: an iterable of tensors, tuples or dicts.
+        score: Returns a figure of merit of a model.
+
+    Returns:
+        The quantized model, with its report.
+
+    Raises:
+        ValueError: For an argument that cannot be; the message names the rule and the remedy.
+
+    >>> quantized = quantize(nn.Linear(64, 64), bits=4)
+    >>> quantized.report.layers[0].bits
+    4.0
+    """
+    check_method(method)
+    weights = quantize_weights(
+        model,
+        bits,
+        levels=levels,
+        symmetric=symmetric,
+        granularity=granularity,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+    )
+    report = make_report(weights, model)
+    if score is not None:
+        report = replace(report, float_metrics={"score": float(score(model))})
+    return QuantizedModel(weights, report)
+
+
+def make_report(weights: QuantizedWeights, model: nn.Module) -> QuantizationReport:
+    """Return the report of quantized weights beside the float model they came from."""
+    state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    unique = {k: v for k, v in state.items() if k not in weights.aliases}
+    return QuantizationReport(
+        layers=layer_records(weights, state),
+        left=weights.left,
+        float_bytes=sum(v.nbytes for v in unique.values()),
+        size_bytes=len(serialize(weights)),
+        bits_per_weight=bits_per_weight(weights.tensors.values()),
+    )

@@ -1,0 +1,144 @@
+"""Grids of evenly spaced values, and the inverse pair: weights to codes, codes to weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from clipquant.quant.spec import Layout, QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values `scale * (q - zero)` for q = 0 .. levels, one such row of values a group.
+
+    Args:
+        scale: Floating (rows or 1, groups): the step.
+        zero: Like `scale`; None on a symmetric grid, whose zero is the code `(levels + 1) // 2`.
+        levels: Steps, or int64 (rows, 1) where each row has its own number.
+        group_size: Neighbouring columns that share a scale.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    levels: int | Tensor
+    group_size: int
+
+    def to(self, dtype: torch.dtype) -> Grid:
+        zero = None if self.zero is None else self.zero.to(dtype)
+        return replace(self, scale=self.scale.to(dtype), zero=zero)
+
+
+def symmetric_zero(levels: int | Tensor) -> int | Tensor:
+    """Return the code that stands for 0.0 on a symmetric grid of `levels` steps.
+
+    >>> symmetric_zero(254)
+    127
+    """
+    return (levels + 1) // 2
+
+
+def group(matrix: Tensor, group_size: int) -> Tensor:
+    """Return a (rows, columns) matrix as (rows, groups, group_size), a short last group padded.
+
+    The padding repeats each row's last column, so that it changes no minimum or maximum.
+    """
+    rows, columns = matrix.shape
+    short = -columns % group_size
+    if short:
+        matrix = torch.cat([matrix, matrix[:, -1:].expand(rows, short)], dim=1)
+    return matrix.reshape(rows, -1, group_size)
+
+
+def ungroup(grouped: Tensor, columns: int) -> Tensor:
+    """Return (rows, groups, group_size) as the (rows, columns) matrix it came from."""
+    return grouped.reshape(grouped.shape[0], -1)[:, :columns]
+
+
+def quantize_rows(matrix: Tensor, grid: Grid) -> Tensor:
+    """Return the code of the nearest value of the grid for each weight; ties go to the even code.
+
+    Args:
+        matrix: Floating (rows, columns).
+        grid: Its grid.
+
+    Returns:
+        uint8 (rows, columns).
+
+    >>> grid = Grid(torch.tensor([[0.5]]), torch.tensor([[1.0]]), 3, 4)
+    >>> quantize_rows(torch.tensor([[-0.6, 0.0, 0.3, 9.0]]), grid)
+    tensor([[0, 1, 2, 3]], dtype=torch.uint8)
+    """
+    work = _work_dtype(matrix.dtype, grid.scale.dtype)
+    scale = grid.scale.to(work).unsqueeze(-1)
+    zero = _zero(grid, work)
+    top = grid.levels.unsqueeze(-1).to(work) if isinstance(grid.levels, Tensor) else grid.levels
+    step = torch.where(scale == 0, torch.inf, scale)
+    codes = group(matrix.to(work), grid.group_size).div(step).add_(zero).round_()
+    codes = codes.clamp_(min=0).clamp_(max=top)  # one bound may be a tensor
+    return ungroup(codes.to(torch.uint8), matrix.shape[1])
+
+
+def dequantize_rows(codes: Tensor, grid: Grid) -> Tensor:
+    """Return `scale * (q - zero)` for each code, in float32, or float64 where the scales are.
+
+    Args:
+        codes: uint8 (rows, columns).
+        grid: Their grid.
+
+    Returns:
+        Floating (rows, columns).
+
+    >>> grid = Grid(torch.tensor([[0.5]]), torch.tensor([[1.0]]), 3, 4)
+    >>> dequantize_rows(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), grid)
+    tensor([[-0.5000,  0.0000,  0.5000,  1.0000]])
+    """
+    work = _work_dtype(torch.float32, grid.scale.dtype)
+    values = group(codes, grid.group_size).to(work).sub_(_zero(grid, work))
+    return ungroup(values.mul_(grid.scale.to(work).unsqueeze(-1)), codes.shape[1])
+
+
+def grid_of(tensor: QuantizedTensor) -> Grid:
+    """Return the grid on which the codes of a quantized tensor stand."""
+    levels: int | Tensor
+    if isinstance(tensor.bits, Tensor):
+        levels = (2 ** tensor.bits.to(torch.int64) - 1).unsqueeze(1)
+    else:
+        assert tensor.levels is not None  # noqa: S101 - an invariant of QuantizedTensor
+        levels = tensor.levels
+    return Grid(tensor.scale, tensor.zero, levels, tensor.group_size)
+
+
+def dequantize(tensor: QuantizedTensor) -> Tensor:
+    """Return the weight that a quantized tensor stands for, in its shape and dtype.
+
+    >>> from clipquant.quant.ranges import quantize_weight
+    >>> from clipquant.quant.spec import QuantSpec
+    >>> dequantize(quantize_weight(torch.tensor([[0.0, 1.0, 2.2, 3.0]]), QuantSpec(2)))
+    tensor([[0., 1., 2., 3.]])
+    """
+    weight = tensor.layout.unfold(dequantize_rows(tensor.codes, grid_of(tensor)))
+    return weight.to(tensor.dtype).contiguous()
+
+
+def from_codes(
+    codes: Tensor, grid: Grid, bits: int | Tensor, layout: Layout, dtype: torch.dtype, method: str
+) -> QuantizedTensor:
+    """Return codes and their grid as one quantized tensor."""
+    levels = None if isinstance(grid.levels, Tensor) else grid.levels
+    return QuantizedTensor(
+        codes, grid.scale, grid.zero, bits, levels, grid.group_size, layout, dtype, method
+    )
+
+
+def _work_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _zero(grid: Grid, dtype: torch.dtype) -> Tensor | float:
+    if grid.zero is not None:
+        return grid.zero.to(dtype).unsqueeze(-1)
+    zero = symmetric_zero(grid.levels)
+    return zero.unsqueeze(-1).to(dtype) if isinstance(zero, Tensor) else float(zero)
