@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -11,18 +10,27 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from clipquant.callbacks.clip_checks import (
+    as_count,
+    as_globs,
+    as_indices,
+    as_limit,
+    check_globs,
+    check_indices,
+    check_optimizer,
+    refuse_second_clipping,
+    refuse_strategy,
+)
 from clipquant.clip.apply import ClipRecord, clip_assigned_
 from clipquant.clip.assign import OVERRIDE, Assignment, as_rule, assign
 from clipquant.clip.finite import OnNonfinite, check_policy
 from clipquant.clip.fold import can_fold, fold_, unfold_, unfold_after_step
+from clipquant.clip.norms import norms_by_group
 from clipquant.clip.progress import Progress
 from clipquant.clip.rules import Rule
 
@@ -77,17 +85,19 @@ class GradientClipCallback(Callback):
     ) -> None:
         self.rule = as_rule(rule)
         self.on_nonfinite = check_policy(on_nonfinite)
-        self.max_consecutive_skips = _count("max_consecutive_skips", max_consecutive_skips, 0, "None for no limit")
-        if skip_above is not None and not _positive(skip_above):
-            raise ValueError(f"skip_above must be a number > 0, or None for no limit, got {skip_above!r}")
-        self.skip_above = skip_above
-        self.include = _strings("include", include)
-        self.exclude = _strings("exclude", exclude)
-        self.optimizers = _indices(optimizers)
-        self.start_step = _count("start_step", start_step, 0, "0 clips from the start") or 0
-        self.stop_step = _count("stop_step", stop_step, 0, "None clips to the end")
+        self.max_consecutive_skips = as_count(
+            "max_consecutive_skips", max_consecutive_skips, 0, "None for no limit"
+        )
+        self.skip_above = as_limit("skip_above", skip_above)
+        self.include = as_globs("include", include)
+        self.exclude = as_globs("exclude", exclude)
+        self.optimizers = as_indices(optimizers)
+        self.start_step = as_count("start_step", start_step, 0, "0 clips from the start") or 0
+        self.stop_step = as_count("stop_step", stop_step, 0, "None clips to the end")
         if stop_step is not None and stop_step <= self.start_step:
-            raise ValueError(f"stop_step must be greater than start_step={start_step}, got {stop_step!r}")
+            raise ValueError(
+                f"stop_step must be greater than start_step={start_step}, got {stop_step!r}"
+            )
         if log not in (True, False, "groups", "params"):
             raise ValueError(f'log must be true, false, "groups" or "params", got {log!r}')
         self.log_mode: Log = log
@@ -100,26 +110,28 @@ class GradientClipCallback(Callback):
     @property
     def state_key(self) -> str:
         """Key in a checkpoint: callbacks for different optimizers or parameters keep their states apart."""
-        return self._generate_state_key(optimizers=self.optimizers, include=self.include, exclude=self.exclude)
+        return self._generate_state_key(
+            optimizers=self.optimizers, include=self.include, exclude=self.exclude
+        )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work, before training starts."""
         if stage == "fit":
-            _refuse_second_clipping(trainer)
-            _refuse_strategy(trainer)
+            refuse_second_clipping(trainer)
+            refuse_strategy(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check globs, optimizer indices and optimizers, which exist from here on."""
         self._forget_optimizers()
         if self.optimizers is not None:
-            _check_indices(self.optimizers, len(trainer.optimizers))
+            check_indices(self.optimizers, len(trainer.optimizers))
         names = [name for aliases in _names(pl_module).values() for name in aliases]
-        _check_globs("include", self.include, names)
-        _check_globs("exclude", self.exclude, names)
+        check_globs("include", self.include, names)
+        check_globs("exclude", self.exclude, names)
         for index, optimizer in enumerate(trainer.optimizers):
             if self._index(trainer, optimizer) is not None:
                 self._take_overrides(index, optimizer)
-                _check_optimizer(optimizer, self.rule)
+                check_optimizer(optimizer, self.rule)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -176,15 +188,20 @@ class GradientClipCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on bit for bit: counts and rule states of each optimizer."""
-        return {"rule": _kind(self.rule), "optimizers": {i: p.state_dict() for i, p in self._progress.items()}}
+        return {
+            "rule": _kind(self.rule),
+            "optimizers": {i: p.state_dict() for i, p in self._progress.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the counts, and the rule states if the rule is the same."""
-        progress = {int(i): Progress.from_state_dict(saved) for i, saved in state_dict["optimizers"].items()}
+        progress = {
+            int(i): Progress.from_state_dict(saved) for i, saved in state_dict["optimizers"].items()
+        }
         if state_dict["rule"] != _kind(self.rule) and any(p.state for p in progress.values()):
             rank_zero_warn(
-                f"the checkpoint was written with the rule {state_dict['rule']}, this run clips with {_kind(self.rule)}: "
-                "counts go on, the state of the rule starts anew"
+                f"the checkpoint was written with the rule {state_dict['rule']}, this run clips with "
+                f"{_kind(self.rule)}: counts go on, the state of the rule starts anew"
             )
             progress = {i: replace(p, state={}) for i, p in progress.items()}
         self._progress = progress
@@ -196,7 +213,9 @@ class GradientClipCallback(Callback):
                 return index
         return None
 
-    def _assignment(self, index: int, pl_module: pl.LightningModule, optimizer: Optimizer) -> Assignment:
+    def _assignment(
+        self, index: int, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> Assignment:
         """Return who clips what, made once and again when parameters were added to the optimizer."""
         shape = tuple(len(group["params"]) for group in optimizer.param_groups)
         known = self._assignments.get(index)
@@ -209,13 +228,20 @@ class GradientClipCallback(Callback):
             ]
             names = _names(pl_module)
             first = {key: aliases[0] for key, aliases in names.items()}
-            known = (shape, assign(groups, self.rule, first, lambda p: self._chosen(names.get(id(p), []))))
+            known = (
+                shape,
+                assign(groups, self.rule, first, lambda p: self._chosen(names.get(id(p), []))),
+            )
             self._assignments[index] = known
         return known[1]
 
     def _chosen(self, names: Sequence[str]) -> bool:
-        included = self.include is None or any(fnmatchcase(n, glob) for n in names for glob in self.include)
-        return included and not any(fnmatchcase(n, glob) for n in names for glob in self.exclude or [])
+        included = self.include is None or any(
+            fnmatchcase(n, glob) for n in names for glob in self.include
+        )
+        return included and not any(
+            fnmatchcase(n, glob) for n in names for glob in self.exclude or []
+        )
 
     def _active(self, trainer: pl.Trainer, assignment: Assignment) -> Assignment:
         """Return the assignment, or one that clips nothing outside [start_step, stop_step)."""
@@ -225,7 +251,11 @@ class GradientClipCallback(Callback):
         return replace(assignment, parts=())
 
     def _folds(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, assignment: Assignment
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: Optimizer,
+        assignment: Assignment,
     ) -> bool:
         """Return whether the step itself may scale the gradients: nobody else reads or scales them in between."""
         part = assignment.whole
@@ -234,7 +264,10 @@ class GradientClipCallback(Callback):
             and bool(getattr(part.rule, "folds", False))
             and can_fold(optimizer)
             and not any(is_overridden(hook, pl_module) for hook in _LATER_HOOKS)
-            and not any(is_overridden(_LATER_HOOKS[0], cb, Callback) for cb in _callbacks_after(trainer, self))
+            and not any(
+                is_overridden(_LATER_HOOKS[0], cb, Callback)
+                for cb in _callbacks_after(trainer, self)
+            )
         )
 
     def _check_streak(self, progress: Progress) -> None:
@@ -260,7 +293,9 @@ class GradientClipCallback(Callback):
             handle.remove()
         self._handles, self._assignments, self._overrides = {}, {}, {}
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, record: ClipRecord) -> None:
+    def _log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, record: ClipRecord
+    ) -> None:
         if self.log_mode is False or not _logs_now(trainer):
             return
         suffix = f"/optimizer_{index}" if len(trainer.optimizers) > 1 else ""
@@ -284,13 +319,35 @@ def _figures(record: ClipRecord, progress: Progress, suffix: str, log: Log) -> d
         "clip_rate": progress.clip_rate,
         "skipped_steps": float(progress.skipped_steps),
     }
-    named = {f"{name}{suffix}": value for name, value in figures.items() if value is not None}
-    return named
+    named = {name + suffix: value for name, value in figures.items() if value is not None}
+    return named | _detailed_figures(record, suffix, log)
+
+
+def _detailed_figures(record: ClipRecord, suffix: str, log: Log) -> dict[str, float]:
+    """Return the norms of each parameter group or of each parameter, as `log` asks."""
+    if log not in ("groups", "params") or record.norms is None or record.norms_clipped is None:
+        return {}
+    if log == "params":
+        keys, before, after = list(record.names), record.norms, record.norms_clipped
+    else:
+        groups = sorted(set(record.groups))
+        keys = [f"group_{group}" for group in groups]
+        before = norms_by_group(record.norms, record.groups, record.order)
+        after = norms_by_group(record.norms_clipped, record.groups, record.order)
+    named = {
+        f"grad_norm{suffix}/{key}": value for key, value in zip(keys, before.tolist(), strict=True)
+    }
+    return named | {
+        f"grad_norm_clipped{suffix}/{key}": value
+        for key, value in zip(keys, after.tolist(), strict=True)
+    }
 
 
 def _logs_now(trainer: pl.Trainer) -> bool:
     """Return whether the Trainer logs this step."""
-    return bool(trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False))
+    return bool(
+        trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)
+    )
 
 
 def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
@@ -310,88 +367,3 @@ def _names(pl_module: pl.LightningModule) -> dict[int, list[str]]:
     for name, param in pl_module.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name.replace("_orig_mod.", ""))
     return names
-
-
-def _refuse_second_clipping(trainer: pl.Trainer) -> None:
-    value = trainer.gradient_clip_val
-    if value is not None and value > 0:
-        algorithm = trainer.gradient_clip_algorithm or "norm"
-        raise MisconfigurationException(
-            f"gradients would be clipped twice: by GradientClipCallback and by Trainer(gradient_clip_val={value}, "
-            f"gradient_clip_algorithm={str(getattr(algorithm, 'value', algorithm))!r}). Remove gradient_clip_val from "
-            "the Trainer, or remove GradientClipCallback from its callbacks"
-        )
-
-
-def _refuse_strategy(trainer: pl.Trainer) -> None:
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
-        raise MisconfigurationException(
-            "DeepSpeedStrategy clips in its own engine and never shows GradientClipCallback the gradients. Remove "
-            "GradientClipCallback and set Trainer(gradient_clip_val=...), or use another strategy such as "
-            '"ddp" or ModelParallelStrategy'
-        )
-    if isinstance(trainer.strategy, FSDPStrategy):
-        raise MisconfigurationException(
-            "FSDPStrategy shows GradientClipCallback flattened shards, whose norms and non-finite elements differ from "
-            "process to process. Use ModelParallelStrategy (FSDP2) with GradientClipCallback, or remove "
-            'GradientClipCallback and set Trainer(gradient_clip_val=..., gradient_clip_algorithm="value")'
-        )
-
-
-def _check_optimizer(optimizer: Optimizer, rule: Rule) -> None:
-    if not isinstance(optimizer, LBFGS):
-        return
-    if rule.init():
-        raise MisconfigurationException(
-            f"{rule!r} keeps statistics from step to step, but LBFGS shows it every evaluation of its line search. "
-            "Use a rule without memory (Value, Norm, AGC), or another optimizer"
-        )
-    rank_zero_warn(
-        "LBFGS evaluates the gradients several times a step; GradientClipCallback clips each evaluation, which changes "
-        "the curvature that LBFGS estimates"
-    )
-
-
-def _check_indices(indices: Sequence[int], count: int) -> None:
-    unknown = [index for index in indices if not 0 <= index < count]
-    if unknown:
-        raise MisconfigurationException(
-            f"optimizers={list(indices)!r} names {unknown[0]}, but configure_optimizers returned {count} "
-            f"optimizer{'s' if count != 1 else ''}: use indices from 0 to {count - 1}, or None for all"
-        )
-
-
-def _check_globs(argument: str, globs: Sequence[str] | None, names: Sequence[str]) -> None:
-    for glob in globs or []:
-        if not any(fnmatchcase(name, glob) for name in names):
-            shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise MisconfigurationException(
-                f"{argument}={list(globs or [])!r}: {glob!r} matches no parameter. The module's parameters are {shown}; "
-                'use one of these or a glob such as "conv*.weight"'
-            )
-
-
-def _count(name: str, value: int | None, low: int, remedy: str) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}: {remedy}")
-    return value
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value) and value > 0
-
-
-def _strings(name: str, value: list[str] | None) -> list[str] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name} must be a list of globs over parameter names, got {value!r}: give e.g. ['conv*']")
-    return list(value)
-
-
-def _indices(value: list[int] | None) -> list[int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-        raise TypeError(f"optimizers must be a list of optimizer indices, got {value!r}: give e.g. [0], or None for all")
-    return list(value)

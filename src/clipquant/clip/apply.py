@@ -22,7 +22,7 @@ class ClipRecord:
     """What one call did, as plain numbers, and the state for the next call.
 
     Args:
-        grad_norm: 2-norm of all gradients before clipping; None where it was not asked for.
+        grad_norm: Norm of all gradients before clipping; None where it was not asked for.
         grad_norm_clipped: The same after clipping; 0 for a step that was skipped.
         clipped: Whether any gradient was changed by the rule.
         skipped: Whether all gradients were removed, so that the optimizer leaves everything as it is.
@@ -32,6 +32,7 @@ class ClipRecord:
         norms_clipped: The same after clipping.
         names: Names of the parameters that had a gradient.
         groups: Index of the parameter group of each of these.
+        order: Order of all norms here: that of a `Norm` rule, else 2.
         state: State of the rule after the call, a flat dict of tensors.
     """
 
@@ -45,6 +46,7 @@ class ClipRecord:
     norms_clipped: Tensor | None = field(default=None, repr=False)
     names: tuple[str, ...] = field(default=(), repr=False)
     groups: tuple[int, ...] = field(default=(), repr=False)
+    order: float = field(default=2.0, repr=False)
     state: State = field(default_factory=dict, repr=False)
 
     @property
@@ -90,7 +92,9 @@ def clip_gradients_(
         >>> weight.grad, record.clipped
         (tensor([1.0000, 0.5000]), True)
     """
-    return clip_assigned_(assign(params, rule), state, on_nonfinite=check_policy(on_nonfinite), measure=measure)
+    return clip_assigned_(
+        assign(params, rule), state, on_nonfinite=check_policy(on_nonfinite), measure=measure
+    )
 
 
 @torch.no_grad()
@@ -142,7 +146,9 @@ def clip_assigned_(
         over = skip_above is not None and float(grads.norm(order)) > skip_above
         if over or (damaged and on_nonfinite == "skip"):
             remove_gradients_(assignment.params)
-            return ClipRecord(float(grads.norm(order)), 0.0, skipped=True, nonfinite=nonfinite, state=state)
+            return ClipRecord(
+                float(grads.norm(order)), 0.0, skipped=True, nonfinite=nonfinite, state=state
+            )
     return _clip_parts_(assignment, present, grads, state, nonfinite, measure, defer)
 
 
@@ -194,6 +200,7 @@ def _clip_parts_(
         norms_clipped=after,
         names=tuple(assignment.names[i] for i in present),
         groups=tuple(assignment.groups[i] for i in present),
+        order=order,
         state=state,
     )
 

@@ -31,7 +31,11 @@ class Part:
 
     def state(self, states: State) -> State:
         """Return this part's state out of all states; the rule's initial one where there is none."""
-        own = {key.removeprefix(self.prefix): value for key, value in states.items() if key.startswith(self.prefix)}
+        own = {
+            key.removeprefix(self.prefix): value
+            for key, value in states.items()
+            if key.startswith(self.prefix)
+        }
         return own or self.rule.init()
 
     def prefixed(self, state: State) -> State:
@@ -126,7 +130,11 @@ def as_rule(rule: Any) -> Rule:
         return Value(float(rule))
     missing = [name for name in ("init", "plan", "clip") if not callable(getattr(rule, name, None))]
     if missing or isinstance(rule, type):
-        given = f"the class {rule.__name__}, not an instance of it" if isinstance(rule, type) else repr(rule)
+        given = (
+            f"the class {rule.__name__}, not an instance of it"
+            if isinstance(rule, type)
+            else repr(rule)
+        )
         lacks = f" (it lacks {', '.join(missing)})" if missing else ""
         raise TypeError(
             f"a rule must be a number or an object with the methods init, plan and clip, got {given}{lacks}: "

@@ -46,7 +46,9 @@ def nonfinite_members(gradients: Gradients, order: float = 2.0) -> tuple[int, ..
         >>> nonfinite_members(Gradients([torch.ones(2), torch.tensor([1.0, float("nan")])]))
         (1,)
     """
-    return tuple(i for i, norm in enumerate(gradients.norms(order).tolist()) if not math.isfinite(norm))
+    return tuple(
+        i for i, norm in enumerate(gradients.norms(order).tolist()) if not math.isfinite(norm)
+    )
 
 
 def zero_nonfinite_(gradient: Tensor) -> Tensor:

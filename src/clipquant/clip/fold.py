@@ -1,4 +1,4 @@
-"""Clipping inside the optimizer's step: fused optimizers divide gradients by `grad_scale` while they read them anyway."""
+"""Clipping inside the optimizer's step: fused optimizers divide the gradients by `grad_scale` as they read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-_DIVIDES_BY_GRAD_SCALE = (SGD, Adagrad, Adam, AdamW)  # not their subclasses, whose step may be another
+_DIVIDES_BY_GRAD_SCALE = (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+)  # not their subclasses, whose step may be another
 
 
 def can_fold(optimizer: Optimizer) -> bool:
@@ -27,10 +32,15 @@ def can_fold(optimizer: Optimizer) -> bool:
         >>> can_fold(AdamW([weight], fused=True)), can_fold(AdamW([weight]))
         (True, False)
     """
-    if type(optimizer) not in _DIVIDES_BY_GRAD_SCALE or not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if type(optimizer) not in _DIVIDES_BY_GRAD_SCALE or not getattr(
+        optimizer, "_step_supports_amp_scaling", False
+    ):
         return False
     groups = optimizer.param_groups
-    return all(group.get("fused") and not any(isinstance(p, DTensor) for p in group["params"]) for group in groups)
+    return all(
+        group.get("fused") and not any(isinstance(p, DTensor) for p in group["params"])
+        for group in groups
+    )
 
 
 def fold_(optimizer: Optimizer, coefficient: float, device: torch.device) -> None:
@@ -56,7 +66,7 @@ def unfold_after_step(optimizer: Optimizer) -> RemovableHandle:
     A `GradScaler` sets `found_inf` beside `grad_scale` and removes both itself, so its steps are left alone.
     """
 
-    def remove(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def remove(stepped: Optimizer, *_: Any) -> None:
         if not isinstance(getattr(stepped, "found_inf", None), Tensor):
             unfold_(stepped)
 

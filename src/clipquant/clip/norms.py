@@ -15,6 +15,12 @@ _EXACT = (torch.float32, torch.float64)  # a norm computed in these needs no wid
 _BLOCK = 1 << 18  # elements; a float32 block of 1 MB stays in a core's cache
 
 
+def vector_norm(values: Tensor, order: float, dim: Sequence[int] | None = None) -> Tensor:
+    """Return the norm over all of `values`, or over the axes `dim`, which are kept with length 1."""
+    norm: Tensor = torch.linalg.vector_norm(values, order, dim=dim, keepdim=dim is not None)
+    return norm
+
+
 def local_values(tensor: Tensor) -> Tensor:
     """Return the dense tensor that stores the elements of `tensor` on this process; writing to it writes to `tensor`.
 
@@ -27,14 +33,15 @@ def local_values(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         shard = tensor.to_local()
         wait = getattr(shard, "wait", None)
-        return wait() if wait is not None else shard
+        values: Tensor = wait() if wait is not None else shard
+        return values
     if tensor.layout is torch.strided:
         return tensor
     return tensor.values()
 
 
 def tensor_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
-    """Return the norm of each tensor; half precision accumulates in float32, and no finite tensor gets an infinite norm.
+    """Return the norm of each tensor, accumulated in float32 or better; that of a finite tensor is finite.
 
     Args:
         tensors: Gradients of any shape, layout and floating or complex dtype; a distributed one counts as a whole.
@@ -49,7 +56,12 @@ def tensor_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """
     values = [local_values(tensor) for tensor in tensors]
     norms = _reduce_over_shards(_norms_of_values(values, order), tensors, order)
-    if order != math.inf and norms.numel() and norms.dtype is torch.float32 and bool(norms.isinf().any()):
+    if (
+        order != math.inf
+        and norms.numel()
+        and norms.dtype is torch.float32
+        and bool(norms.isinf().any())
+    ):
         # An infinite norm may only be squares that overflow: float64 holds the square of every float32.
         doubles = torch.stack([_norm_in_double(v, order) for v in values])
         return _reduce_over_shards(doubles, tensors, order)
@@ -72,10 +84,29 @@ def combine_norms(norms: Tensor, order: float = 2.0) -> Tensor:
     """
     if norms.numel() == 0:
         return norms.new_zeros(())
-    total = torch.linalg.vector_norm(norms, order)
+    total = vector_norm(norms, order)
     if bool(total.isinf()) and norms.dtype is torch.float32:
-        return torch.linalg.vector_norm(norms.double(), order)
+        return vector_norm(norms.double(), order)
     return total
+
+
+def norms_by_group(norms: Tensor, groups: Sequence[int], order: float = 2.0) -> Tensor:
+    """Return the norm of each group of tensors seen as one vector.
+
+    Args:
+        norms: Shape (n,), norms of the tensors.
+        groups: Group of each tensor.
+        order: Order p of the norms.
+
+    Returns:
+        Shape (number of distinct groups,), in ascending order of the group.
+
+    Example:
+        >>> norms_by_group(torch.tensor([3.0, 4.0, 2.0]), [0, 0, 1])
+        tensor([5., 2.])
+    """
+    members = [[i for i, group in enumerate(groups) if group == g] for g in sorted(set(groups))]
+    return torch.stack([combine_norms(norms[m], order) for m in members]) if members else norms
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
@@ -95,7 +126,7 @@ def unit_norms(tensor: Tensor) -> Tensor:
     dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
     values = tensor.abs() if tensor.is_complex() else tensor
     values = values if values.dtype in _EXACT else values.float()
-    return torch.linalg.vector_norm(values, 2, dim=dims, keepdim=dims is not None)
+    return vector_norm(values, 2, dims)
 
 
 class Gradients(Sequence[Tensor]):
@@ -121,7 +152,9 @@ class Gradients(Sequence[Tensor]):
     ) -> None:
         self.tensors = tuple(tensors)
         self.groups = tuple(groups) if groups is not None else (0,) * len(self.tensors)
-        self.positions = tuple(positions) if positions is not None else tuple(range(len(self.tensors)))
+        self.positions = (
+            tuple(positions) if positions is not None else tuple(range(len(self.tensors)))
+        )
         self.loss_scale = loss_scale
         self._norms: dict[float, Tensor] = {}
 
@@ -183,15 +216,19 @@ def _norm(values: Tensor, order: float) -> Tensor:
     if values.is_complex():
         values = torch.view_as_real(values) if order == 2 else values.abs()
     if values.dtype in _EXACT:
-        return torch.linalg.vector_norm(values, order)
+        return vector_norm(values, order)
     # Casting blocks that fit in the cache is many times faster than a norm that casts element by element.
-    blocks = [torch.linalg.vector_norm(block.float(), order) for block in values.reshape(-1).split(_BLOCK)]
-    return torch.linalg.vector_norm(torch.stack(blocks), order) if blocks else values.new_zeros((), dtype=torch.float32)
+    blocks = [vector_norm(block.float(), order) for block in values.reshape(-1).split(_BLOCK)]
+    return (
+        vector_norm(torch.stack(blocks), order)
+        if blocks
+        else values.new_zeros((), dtype=torch.float32)
+    )
 
 
 def _norm_in_double(values: Tensor, order: float) -> Tensor:
     magnitudes = values.abs() if values.is_complex() else values
-    return torch.linalg.vector_norm(magnitudes.double(), order)
+    return vector_norm(magnitudes.double(), order)
 
 
 def _largest_magnitude(values: Tensor) -> Tensor:
@@ -216,7 +253,11 @@ def _reduce_over_shards(norms: Tensor, tensors: Sequence[Tensor], order: float) 
     for (mesh, dims), members in _sharded(tensors).items():
         part = norms[members] if order == math.inf else norms[members].double() ** order
         for dim in dims:
-            operation = torch.distributed.ReduceOp.MAX if order == math.inf else torch.distributed.ReduceOp.SUM
+            operation = (
+                torch.distributed.ReduceOp.MAX
+                if order == math.inf
+                else torch.distributed.ReduceOp.SUM
+            )
             torch.distributed.all_reduce(part, operation, group=mesh.get_group(dim))
         norms[members] = (part if order == math.inf else part ** (1 / order)).to(norms.dtype)
     return norms
@@ -227,7 +268,11 @@ def _sharded(tensors: Sequence[Tensor]) -> dict[tuple[DeviceMesh, tuple[int, ...
     found: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
     for i, tensor in enumerate(tensors):
         if isinstance(tensor, DTensor):
-            dims = tuple(d for d, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate))
+            dims = tuple(
+                d
+                for d, placement in enumerate(tensor.placements)
+                if not isinstance(placement, Replicate)
+            )
             if dims:
                 found.setdefault((tensor.device_mesh, dims), []).append(i)
     return found

@@ -64,7 +64,9 @@ class Progress:
             record: What was done to its gradients.
             step: Its number.
         """
-        skip = Skip(step, float("nan") if record.grad_norm is None else record.grad_norm, record.nonfinite)
+        skip = Skip(
+            step, float("nan") if record.grad_norm is None else record.grad_norm, record.nonfinite
+        )
         return replace(
             self,
             steps=self.steps + 1,
@@ -88,4 +90,10 @@ class Progress:
     def from_state_dict(cls, saved: Mapping[str, Any]) -> Progress:
         """Return what `state_dict` was given for."""
         streak = tuple(Skip(step, norm, tuple(names)) for step, norm, names in saved["streak"])
-        return cls(saved["steps"], saved["clipped_steps"], saved["skipped_steps"], streak, dict(saved["state"]))
+        return cls(
+            saved["steps"],
+            saved["clipped_steps"],
+            saved["skipped_steps"],
+            streak,
+            dict(saved["state"]),
+        )

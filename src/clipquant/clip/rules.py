@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -10,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from clipquant.clip.norms import Gradients, combine_norms, unit_norms
+from clipquant.clip.norms import Gradients, norms_by_group, unit_norms
 from clipquant.clip.plans import Clamp, Indicate, Scale, ScaleEach, ScaleUnits
 
 State = dict[str, Tensor]
@@ -59,7 +58,9 @@ class Value:
     limit: float
 
     def __post_init__(self) -> None:
-        check_number("Value", "limit", self.limit, low=0.0, hint="the largest magnitude an element may have")
+        check_number(
+            "Value", "limit", self.limit, low=0.0, hint="the largest magnitude an element may have"
+        )
 
     def init(self) -> State:
         return {}
@@ -104,13 +105,29 @@ class Norm:
     warmup_start: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("Norm", "max_norm", self.max_norm, low=0.0, hint="the largest norm the gradients may have")
+        check_number(
+            "Norm",
+            "max_norm",
+            self.max_norm,
+            low=0.0,
+            hint="the largest norm the gradients may have",
+        )
         order = float(self.norm_type) if self.norm_type == "inf" else self.norm_type
-        check_number("Norm", "norm_type", order, low=1.0, hint='the order of the norm, e.g. 2 or "inf"')
+        check_number(
+            "Norm", "norm_type", order, low=1.0, hint='the order of the norm, e.g. 2 or "inf"'
+        )
         if self.scope not in ("global", "group", "tensor"):
-            raise ValueError(f'Norm: scope must be "global", "group" or "tensor", got {self.scope!r}')
+            raise ValueError(
+                f'Norm: scope must be "global", "group" or "tensor", got {self.scope!r}'
+            )
         check_count("Norm", "warmup_steps", self.warmup_steps, low=0)
-        check_number("Norm", "warmup_start", self.warmup_start, low=0.0, hint="the limit before the first step")
+        check_number(
+            "Norm",
+            "warmup_start",
+            self.warmup_start,
+            low=0.0,
+            hint="the limit before the first step",
+        )
 
     @property
     def order(self) -> float:
@@ -125,13 +142,17 @@ class Norm:
     def init(self) -> State:
         return {"steps": torch.zeros((), dtype=torch.int64)} if self.warmup_steps else {}
 
-    def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[Scale | ScaleEach, State]:
+    def plan(
+        self, grads: Gradients, params: Sequence[Tensor], state: State
+    ) -> tuple[Scale | ScaleEach, State]:
         limit, state = self._limit(state)
         if self.scope == "global":
             return Scale(norm_coefficient(grads.norm(self.order), limit)), state
         norms = grads.norms(self.order)
         if self.scope == "group":
-            norms = _norms_by_group(norms, grads.groups, self.order)
+            index = sorted(set(grads.groups))
+            totals = norms_by_group(norms, grads.groups, self.order)
+            norms = totals[[index.index(group) for group in grads.groups]]
         return scale_each(norm_coefficient(norms, limit), params), state
 
     def clip(self, grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
@@ -142,15 +163,18 @@ class Norm:
             return float(self.max_norm), state
         steps = state["steps"] + 1
         share = min(1.0, int(steps) / self.warmup_steps)
-        return self.warmup_start + share * (self.max_norm - self.warmup_start), {**state, "steps": steps}
+        return self.warmup_start + share * (self.max_norm - self.warmup_start), {
+            **state,
+            "steps": steps,
+        }
 
 
 @dataclass(frozen=True)
 class AGC:
     """Scale each unit of a gradient down to at most `ratio` times the norm of the same unit of the weight.
 
-    A unit is one output channel (first axis) of a tensor with two or more axes, the whole tensor otherwise. The weight's
-    norm counts as at least `eps`, so that zero-initialised weights still learn.
+    A unit is one output channel (first axis) of a tensor with two or more axes, the whole tensor otherwise. The
+    weight's norm counts as at least `eps`, so that zero-initialised weights still learn.
 
     Args:
         ratio: Largest norm of a gradient's unit relative to the weight's, > 0.
@@ -172,12 +196,20 @@ class AGC:
 
     def __post_init__(self) -> None:
         check_number("AGC", "ratio", self.ratio, above=0.0, hint="e.g. 0.01")
-        check_number("AGC", "eps", self.eps, above=0.0, hint="e.g. 1e-3: with 0 a zero weight would never learn")
+        check_number(
+            "AGC",
+            "eps",
+            self.eps,
+            above=0.0,
+            hint="e.g. 1e-3: with 0 a zero weight would never learn",
+        )
 
     def init(self) -> State:
         return {}
 
-    def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[ScaleUnits, State]:
+    def plan(
+        self, grads: Gradients, params: Sequence[Tensor], state: State
+    ) -> tuple[ScaleUnits, State]:
         return ScaleUnits(float(self.ratio), float(self.eps)), state
 
     def clip(self, grad: Tensor, param: Tensor, plan: ScaleUnits) -> Tensor:
@@ -206,12 +238,20 @@ class Indicator:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("Indicator", "threshold", self.threshold, low=0.0, hint="0 selects every non-zero element")
+        check_number(
+            "Indicator",
+            "threshold",
+            self.threshold,
+            low=0.0,
+            hint="0 selects every non-zero element",
+        )
 
     def init(self) -> State:
         return {}
 
-    def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[Indicate, State]:
+    def plan(
+        self, grads: Gradients, params: Sequence[Tensor], state: State
+    ) -> tuple[Indicate, State]:
         return Indicate(float(self.threshold)), state
 
     def clip(self, grad: Tensor, param: Tensor, plan: Indicate) -> Tensor:
@@ -264,7 +304,13 @@ def scaled(grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
 
 
 def check_number(
-    rule: str, name: str, value: Any, *, low: float | None = None, above: float | None = None, hint: str
+    rule: str,
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    hint: str,
 ) -> None:
     """Check that `value` is a number in range.
 
@@ -286,12 +332,3 @@ def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")
-
-
-def _norms_by_group(norms: Tensor, groups: Sequence[int], order: float) -> Tensor:
-    """Return for each gradient the norm of its whole group."""
-    result = torch.empty_like(norms)
-    for group in set(groups):
-        members = [i for i, g in enumerate(groups) if g == group]
-        result[members] = combine_norms(norms[members], order)
-    return result

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from clipquant.clip.norms import Gradients, local_values
-from clipquant.clip.plans import Clamp, Indicate, Scale, ScaleEach
+from clipquant.clip.plans import Clamp, Scale, ScaleEach
 from clipquant.clip.rules import Rule
 
 
@@ -36,7 +36,7 @@ def carry_out_(rule: Rule, plan: Any, grads: Gradients, params: Sequence[Tensor]
 
 
 def norms_after(plan: Any, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
-    """Return the norms after `carry_out_`, or after a deferred scale: by arithmetic where the plan allows, else measured.
+    """Return the norms after `carry_out_`: by arithmetic where the plan allows it, else measured.
 
     Args:
         plan: The plan that was carried out.
@@ -69,8 +69,12 @@ def writable(grad: Tensor) -> Tensor:
     """
     if grad.layout is torch.sparse_coo:
         return grad.coalesce()
-    if isinstance(grad, DTensor) and any(isinstance(placement, Partial) for placement in grad.placements):
-        return grad.redistribute(placements=[Replicate() if isinstance(p, Partial) else p for p in grad.placements])
+    if isinstance(grad, DTensor) and any(
+        isinstance(placement, Partial) for placement in grad.placements
+    ):
+        return grad.redistribute(
+            placements=[Replicate() if isinstance(p, Partial) else p for p in grad.placements]
+        )
     return grad.resolve_conj() if grad.is_complex() else grad
 
 
@@ -102,7 +106,9 @@ def _scale_each_(grads: Gradients, params: Sequence[Tensor], plan: ScaleEach) ->
     coefficients = [plan.coefficients[id(param)] for param in params]
     clipped = [i for i, coefficient in enumerate(coefficients) if coefficient != 1.0]
     if clipped:
-        torch._foreach_mul_([local_values(grads[i]) for i in clipped], [coefficients[i] for i in clipped])
+        torch._foreach_mul_(
+            [local_values(grads[i]) for i in clipped], [coefficients[i] for i in clipped]
+        )
     return bool(clipped)
 
 
