@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from clipquant.artifact import load_state, save_artifact, serialize
 from clipquant.quant.layers import Globs
 from clipquant.quant.model import QuantizedWeights, check_method, quantize_weights
 from clipquant.quant.spec import Granularity
+from clipquant.report.files import environment
 from clipquant.report.layers import bits_per_weight, layer_records
 from clipquant.report.record import QuantizationReport
+from clipquant.report.stored import describe
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,17 @@ class QuantizedModel:
         Raises:
             OSError: If it cannot be written.
         """
-        return save_artifact(self.weights, path)
+        return save_artifact(self.weights, path, describe(self.report))
+
+    def reported(self, **known: Any) -> QuantizedModel:
+        """Return the same weights with more known about them, and the size of the file that says so.
+
+        Args:
+            known: Fields of `QuantizationReport`.
+        """
+        report = replace(self.report, **known)
+        size = len(serialize(self.weights, describe(report)))
+        return replace(self, report=replace(report, size_bytes=size))
 
 
 def quantize(
@@ -112,20 +125,26 @@ def quantize(
         exclude=exclude,
         overrides=overrides,
     )
-    report = make_report(weights, model)
-    if score is not None:
-        report = replace(report, float_metrics={"score": float(score(model))})
-    return QuantizedModel(weights, report)
+    quantized = QuantizedModel(weights, make_report(weights, model))
+    if score is None:
+        return quantized
+    before = {"score": float(score(model))}
+    after = {"score": float(score(quantized.apply_to(copy.deepcopy(model))))}
+    return quantized.reported(
+        float_metrics=before, quantized_metrics=after, monitor="score", mode="max"
+    )
 
 
 def make_report(weights: QuantizedWeights, model: nn.Module) -> QuantizationReport:
     """Return the report of quantized weights beside the float model they came from."""
     state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     unique = {k: v for k, v in state.items() if k not in weights.aliases}
-    return QuantizationReport(
+    report = QuantizationReport(
         layers=layer_records(weights, state),
         left=weights.left,
         float_bytes=sum(v.nbytes for v in unique.values()),
-        size_bytes=len(serialize(weights)),
+        size_bytes=1,
         bits_per_weight=bits_per_weight(weights.tensors.values()),
+        environment=environment(),
     )
+    return replace(report, size_bytes=len(serialize(weights, describe(report))))

@@ -71,7 +71,12 @@ def loader(**kwargs: Any) -> DataLoader[Any]:
 
 
 def fitted(
-    tmp_path: Path, module: pl.LightningModule, *, val: Any = None, datamodule: Any = None, **kwargs: Any
+    tmp_path: Path,
+    module: pl.LightningModule,
+    *,
+    val: Any = None,
+    datamodule: Any = None,
+    **kwargs: Any,
 ) -> pl.Trainer:
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "max_epochs": 2}
     trainer = pl.Trainer(
@@ -119,7 +124,9 @@ def test_no_trace_is_left(tmp_path: Path) -> None:
     module = Net()
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="mse")
     logger = CSVLogger(tmp_path, "logs")
-    trainer = fitted(tmp_path, Plain(module), logger=logger, callbacks=[checkpoint], enable_checkpointing=True)
+    trainer = fitted(
+        tmp_path, Plain(module), logger=logger, callbacks=[checkpoint], enable_checkpointing=True
+    )
     outer = trainer.lightning_module
     before = _trace(trainer, outer, tmp_path)
     saved, rng = checkpoint.state_dict(), torch.get_rng_state()
@@ -251,7 +258,9 @@ def test_a_module_that_cannot_be_copied_is_judged_itself_and_put_back(tmp_path: 
     _, y = rows().tensors
     assert found.metrics["mse"] == pytest.approx(float(y.square().mean()), rel=1e-5)
     assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
-    assert module.training and not module.norm.training and module.trainer is trainer
+    assert module.training
+    assert not module.norm.training
+    assert module.trainer is trainer
     assert "setup" not in vars(module)
 
 
@@ -266,12 +275,14 @@ def test_steps_are_timed(tmp_path: Path) -> None:
     found = judge(fitted(tmp_path, module), module)
     assert found.batch == 16
     assert len(found.milliseconds) == 2
-    assert found.median_ms is not None and found.median_ms > 0
+    assert found.median_ms is not None
+    assert found.median_ms > 0
 
 
 def test_the_stand_in_is_a_copy_without_a_trainer(tmp_path: Path) -> None:
     module = Net()
     trainer = fitted(tmp_path, module)
     with stand_in(module) as guest:
-        assert guest is not module and guest._trainer is None
+        assert guest is not module
+        assert guest._trainer is None
     assert module.trainer is trainer

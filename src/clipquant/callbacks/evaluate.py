@@ -187,7 +187,7 @@ def _closed(guest: pl.LightningModule) -> Iterator[None]:
             metric.distributed_available_fn = function
 
 
-def _nothing(*args: Any, **kwargs: Any) -> tuple[()]:
+def _nothing(*_: Any, **__: Any) -> tuple[()]:
     return ()
 
 
@@ -260,8 +260,8 @@ def _inner_trainer(trainer: pl.Trainer, host: pl.Callback) -> pl.Trainer:
         enable_progress_bar=trainer.progress_bar_callback is not None,
         default_root_dir=trainer.default_root_dir,
     )
-    inner.fit_loop.epoch_progress.current.processed = trainer.current_epoch
-    inner.fit_loop.epoch_progress.current.completed = trainer.current_epoch
+    epoch = inner.fit_loop.epoch_progress.current
+    epoch.processed = epoch.completed = trainer.current_epoch  # type: ignore[attr-defined]
     steps = inner.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     steps.completed = trainer.global_step
     return inner

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +11,18 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from clipquant.callbacks.evaluate import copy_module, validation_metrics
+from clipquant.artifact import read_metadata
+from clipquant.callbacks.evaluate import Judgement, copy_module, judge
 from clipquant.model import QuantizedModel, quantize
 from clipquant.quant.layers import select
 from clipquant.quant.model import check_method, specs_for
-from clipquant.quant.spec import Granularity, QuantSpec
-from clipquant.report.record import QuantizationReport
+from clipquant.quant.spec import QuantSpec
+from clipquant.report.files import write_report
+from clipquant.report.record import Latency, QuantizationReport
 from clipquant.report.table import print_summary
 
 FILE = "model.safetensors"
@@ -75,7 +79,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         method: Literal["auto", "rtn", "mse", "hqq", "gptq", "adaround"] = "auto",
         calibration_batches: int = 16,
         max_drop: float | None = None,
-        max_size: int | float | str | None = None,
+        max_size: float | str | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
         include: list[str] | None = None,
@@ -163,21 +167,28 @@ bits='auto' with max_drop or max_size to have it chosen.
             exclude=self.exclude,
             overrides=self.overrides,
         )
-        path = quantized.save(self._folder(trainer) / FILE)
-        before = validation_metrics(trainer, module)
-        after = validation_metrics(trainer, quantized.apply_to(module))  # type: ignore[arg-type]
+        before = judge(trainer, module)
+        after = judge(trainer, module, quantized.state_dict())
         monitor, mode = monitored(trainer, self.monitor, self.mode)
-        self.report = replace(
-            quantized.report,
-            float_metrics=before,
-            quantized_metrics=after,
+        quantized = quantized.reported(
+            float_metrics=before.metrics,
+            quantized_metrics=after.metrics,
             monitor=monitor,
             mode=mode,
-            path=str(path),
+            seed=_seed(),
         )
+        path = quantized.save(self._folder(trainer) / FILE)
         self.artifact_path = path
+        self.report = replace(
+            quantized.report,
+            path=str(path),
+            sha256=read_metadata(path)["sha256"],
+            latency=_latency(before, after),
+        )
+        write_report(self.report, path.parent)
+        log_report(self.report, trainer.loggers, trainer.global_step)
         print_summary(self.report)
-        return quantized
+        return replace(quantized, report=self.report)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         if self.dirpath is not None:
@@ -192,6 +203,42 @@ def monitored(trainer: pl.Trainer, monitor: str | None, mode: str | None) -> tup
             if monitor is None or monitor == callback.monitor:
                 return callback.monitor, mode or callback.mode
     return monitor or "val_loss", mode or "min"
+
+
+def log_report(report: QuantizationReport, loggers: Iterable[Logger], step: int) -> None:
+    """Write the report's figures to the Trainer's loggers as metrics, its choices as hyper-parameters.
+
+    `self.log` raises at the end of a fit, so the loggers are told themselves; one that cannot take
+    them is named in a warning and the others still are told.
+    """
+    choices = {f"quantized/bits/{layer.name}": layer.bits for layer in report.layers}
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(choices)
+            logger.log_metrics(report.figures(), step)
+            logger.save()
+        except Exception as error:  # noqa: PERF203 - each logger fails by itself
+            rank_zero_warn(
+                f"{type(logger).__name__} did not take the quantization figures "
+                f"({type(error).__name__}: {error}); they stand in report.json."
+            )
+
+
+def _latency(before: Judgement, after: Judgement) -> Latency | None:
+    if before.median_ms is None or after.median_ms is None:
+        return None
+    return Latency(
+        before.median_ms,
+        after.median_ms,
+        before.batch,
+        torch.get_num_threads(),
+        "validation_step",
+    )
+
+
+def _seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return int(seed) if seed else None
 
 
 def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -136,10 +136,9 @@ def frontier(choices: Mapping[str, Choices]) -> Frontier:
     """
     parts = [_hull_steps(index, choice) for index, choice in enumerate(choices.values())]
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    weight, row, start, stop, cost, saved = columns
-    order = (saved / cost).argsort(descending=True, stable=True)
-    integers = (part[order] for part in (weight, row, start, stop, cost))
-    return Frontier(choices, *integers, saved[order])
+    order = (columns[5] / columns[4]).argsort(descending=True, stable=True)
+    weight, row, start, stop, cost, saved = (part[order] for part in columns)
+    return Frontier(choices, weight, row, start, stop, cost, saved)
 
 
 def _hull_steps(index: int, choice: Choices) -> tuple[Tensor, ...]:

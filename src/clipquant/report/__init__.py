@@ -1,5 +1,6 @@
 """What was gained and what it cost, as a record, a table and a page."""
 
+from clipquant.report.files import environment, write_report
 from clipquant.report.layers import bits_per_weight, layer_records
 from clipquant.report.page import render_page
 from clipquant.report.record import (
@@ -21,7 +22,9 @@ __all__ = [
     "Trial",
     "bits_per_weight",
     "describe",
+    "environment",
     "layer_records",
     "render_page",
     "report_of",
+    "write_report",
 ]

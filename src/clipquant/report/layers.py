@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from clipquant.quant.grid import dequantize, dequantize_rows, grid_of
+from clipquant.quant.grid import Grid, dequantize, dequantize_rows, grid_of
 from clipquant.quant.model import QuantizedWeights
 from clipquant.quant.pack import packed_bytes
 from clipquant.quant.spec import QuantizedTensor
@@ -108,7 +108,7 @@ def histogram(weight: Tensor, tensor: QuantizedTensor) -> Histogram:
     values = weight.detach().float().flatten()
     low, high = (float(end) for end in values.aminmax())
     counts = torch.histc(values, BINS, low, high) if high > low else torch.ones(1)
-    relative = (counts * (FULL / counts.max())).ceil().int().tolist()
+    relative = (counts.double() * FULL / counts.max()).ceil().int().tolist()
     return Histogram(low, high, tuple(relative), *typical_levels(tensor))
 
 
@@ -121,7 +121,8 @@ def typical_levels(tensor: QuantizedTensor) -> tuple[tuple[float, ...], int]:
     bits = int(tensor.bits[row]) if isinstance(tensor.bits, Tensor) else tensor.bits
     steps = tensor.levels if tensor.levels is not None else (1 << bits) - 1
     grid = grid_of(tensor)
-    one = type(grid)(_pick(grid.scale, row), _pick(grid.zero, row), steps, steps + 1)
+    zero = None if grid.zero is None else _pick(grid.zero, row)
+    one = Grid(_pick(grid.scale, row), zero, steps, steps + 1)
     codes = torch.arange(steps + 1, dtype=torch.uint8)[None]
     return tuple(dequantize_rows(codes, one)[0].tolist()), row
 
@@ -136,5 +137,5 @@ def _typical_row(tensor: QuantizedTensor) -> int:
     return int(index[steps[index].median(dim=0).indices])
 
 
-def _pick(part: Tensor | None, row: int) -> Tensor | None:
-    return None if part is None else part[min(row, len(part) - 1), :1].reshape(1, 1).cpu()
+def _pick(part: Tensor, row: int) -> Tensor:
+    return part[min(row, len(part) - 1), :1].reshape(1, 1).cpu()

@@ -175,7 +175,11 @@ def _bars(report: QuantizationReport) -> str:
     bits = _card(
         "Bits", "Share of each weight's output channels at each width.", plots.bits_plot(layers)
     )
-    sqnr = _card("Signal to noise", "SQNR in dB: longer is closer to the float weight.", plots.sqnr_plot(layers))
+    sqnr = _card(
+        "Signal to noise",
+        "SQNR in dB: longer is closer to the float weight.",
+        plots.sqnr_plot(layers),
+    )
     return f'<div class="pair">{bits}{sqnr}</div>'
 
 

@@ -185,7 +185,11 @@ def short_bytes(size: float) -> str:
     """
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
-            return f"{size / factor:.3g} {unit}" if size < 100 * factor else f"{size / factor:.0f} {unit}"
+            return (
+                f"{size / factor:.3g} {unit}"
+                if size < 100 * factor
+                else f"{size / factor:.0f} {unit}"
+            )
     return f"{size:.0f} B"
 
 

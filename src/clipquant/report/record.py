@@ -165,11 +165,9 @@ class QuantizationReport:
     @property
     def drop(self) -> float | None:
         """How much worse the monitored metric got, in its own units; below 0: it got better."""
-        if self.monitor not in self.float_metrics or self.monitor not in self.quantized_metrics:
-            return None
-        return drop_of(
-            self.float_metrics[self.monitor], self.quantized_metrics[self.monitor], self.mode
-        )
+        before = self.float_metrics.get(self.monitor or "")
+        after = self.quantized_metrics.get(self.monitor or "")
+        return None if before is None or after is None else drop_of(before, after, self.mode)
 
     @property
     def verdict(self) -> str:

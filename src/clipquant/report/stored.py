@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from clipquant.quant.grid import QuantizedTensor
 from clipquant.quant.model import QuantizedWeights
+from clipquant.quant.spec import QuantizedTensor
 from clipquant.report.layers import bits_per_weight, layer_record, typical_levels
 from clipquant.report.record import (
     Budget,
     Histogram,
-    Latency,
     LayerRecord,
     QuantizationReport,
     Trial,
@@ -28,7 +27,8 @@ def describe(report: QuantizationReport) -> dict[str, Any]:
     """Return the metadata entry from which `report_of` makes the report of a file.
 
     Whatever the file's weights tell is left out, and figures of single layers are kept to six
-    digits, so that a layer costs about 100 bytes.
+    digits, so that a layer costs about 100 bytes. Latency is left out too: the same weights and
+    metrics give the same bytes.
 
     Args:
         report: What to keep.
@@ -40,7 +40,6 @@ def describe(report: QuantizationReport) -> dict[str, Any]:
     about["metrics"] = [dict(report.float_metrics), dict(report.quantized_metrics)]
     about["layers"] = {layer.name: _layer(layer) for layer in report.layers}
     about["budget"] = _budget(report.budget)
-    about["latency"] = report.latency and asdict(report.latency)
     return {"report": jsonable({k: v for k, v in about.items() if v not in (None, "", {})})}
 
 
@@ -70,7 +69,6 @@ def report_of(
         path=path,
         budget=_read_budget(about.get("budget"), size_bytes),
         sha256=metadata.get("sha256"),
-        latency=Latency(**about["latency"]) if about.get("latency") else None,
         **{name: about[name] for name in _PLAIN if name in about},
     )
 

@@ -58,12 +58,13 @@ def compare_rows(one: QuantizationReport, other: QuantizationReport) -> list[tup
         ("times smaller than float", f"{one.ratio:.2f}", f"{other.ratio:.2f}"),
         ("bits per weight", f"{one.bits_per_weight:.2f}", f"{other.bits_per_weight:.2f}"),
     ]
-    for name in dict.fromkeys([*one.quantized_metrics, *other.quantized_metrics]):
-        rows.append((name, *(figure(r.quantized_metrics.get(name), ".6g") for r in (one, other))))
+    rows += [
+        (name, *(figure(side.quantized_metrics.get(name), ".6g") for side in (one, other)))
+        for name in dict.fromkeys([*one.quantized_metrics, *other.quantized_metrics])
+    ]
     layers = [{layer.name: layer for layer in report.layers} for report in (one, other)]
-    for name in dict.fromkeys([*layers[0], *layers[1]]):
-        rows.append((name, *(_brief(side.get(name)) for side in layers)))
-    return rows
+    names = dict.fromkeys([*layers[0], *layers[1]])
+    return rows + [(name, *(_brief(side.get(name)) for side in layers)) for name in names]
 
 
 def print_report(report: QuantizationReport) -> None:
