@@ -1,0 +1,124 @@
+"""What GradientClipCallback refuses: settings that are wrong in themselves or that do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import LBFGS, Optimizer
+
+from clipquant.clip.rules import Rule
+
+
+def refuse_second_clipping(trainer: pl.Trainer) -> None:
+    """Refuse the Trainer's own clipping, which would run after the callback."""
+    value = trainer.gradient_clip_val
+    if value is not None and value > 0:
+        algorithm = trainer.gradient_clip_algorithm or "norm"
+        raise MisconfigurationException(
+            f"gradients would be clipped twice: by GradientClipCallback and by Trainer(gradient_clip_val={value}, "
+            f"gradient_clip_algorithm={str(getattr(algorithm, 'value', algorithm))!r}). Remove gradient_clip_val from "
+            "the Trainer, or remove GradientClipCallback from its callbacks"
+        )
+
+
+def refuse_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies that keep the gradients from the callback."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            "DeepSpeedStrategy clips in its own engine and never shows GradientClipCallback the gradients. Remove "
+            "GradientClipCallback and set Trainer(gradient_clip_val=...), or use another strategy such as "
+            '"ddp" or ModelParallelStrategy'
+        )
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise MisconfigurationException(
+            "FSDPStrategy shows GradientClipCallback flattened shards, whose norms and non-finite elements differ from "
+            "process to process. Use ModelParallelStrategy (FSDP2) with GradientClipCallback, or remove "
+            'GradientClipCallback and set Trainer(gradient_clip_val=..., gradient_clip_algorithm="value")'
+        )
+
+
+def check_optimizer(optimizer: Optimizer, rule: Rule) -> None:
+    """Refuse or warn of a rule on an optimizer that evaluates gradients several times a step."""
+    if not isinstance(optimizer, LBFGS):
+        return
+    if rule.init():
+        raise MisconfigurationException(
+            f"{rule!r} keeps statistics from step to step, but LBFGS shows it every evaluation of its line search. "
+            "Use a rule without memory (Value, Norm, AGC), or another optimizer"
+        )
+    rank_zero_warn(
+        "LBFGS evaluates the gradients several times a step; GradientClipCallback clips each evaluation, which changes "
+        "the curvature that LBFGS estimates"
+    )
+
+
+def check_indices(indices: Sequence[int], count: int) -> None:
+    """Refuse indices of optimizers that do not exist."""
+    unknown = [index for index in indices if not 0 <= index < count]
+    if unknown:
+        raise MisconfigurationException(
+            f"optimizers={list(indices)!r} names {unknown[0]}, but configure_optimizers returned {count} "
+            f"optimizer{'s' if count != 1 else ''}: use indices from 0 to {count - 1}, or None for all"
+        )
+
+
+def check_globs(argument: str, globs: Sequence[str] | None, names: Sequence[str]) -> None:
+    """Refuse globs that match no parameter."""
+    for glob in globs or []:
+        if not any(fnmatchcase(name, glob) for name in names):
+            shown = ", ".join(map(repr, names[:5])) + (
+                f" and {len(names) - 5} more" if len(names) > 5 else ""
+            )
+            raise MisconfigurationException(
+                f"{argument}={list(globs or [])!r}: {glob!r} matches no parameter. The module's parameters are "
+                f"{shown}; "
+                'use one of these or a glob such as "conv*.weight"'
+            )
+
+
+def as_count(name: str, value: Any, low: int, remedy: str) -> int | None:
+    """Return `value` if it is None or a whole number of at least `low`."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}: {remedy}")
+    return value
+
+
+def as_limit(name: str, value: Any) -> float | None:
+    """Return `value` if it is None or a positive number."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"{name} must be a number > 0, or None for no limit, got {value!r}")
+    return float(value)
+
+
+def as_globs(name: str, value: Any) -> list[str] | None:
+    """Return `value` if it is None or a list of strings."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(
+            f"{name} must be a list of globs over parameter names, got {value!r}: give e.g. ['conv*']"
+        )
+    return list(value)
+
+
+def as_indices(value: Any) -> list[int] | None:
+    """Return `value` if it is None or a list of whole numbers."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or any(
+        isinstance(i, bool) or not isinstance(i, int) for i in value
+    ):
+        raise TypeError(
+            f"optimizers must be a list of optimizer indices, got {value!r}: give e.g. [0], or None for all"
+        )
+    return list(value)

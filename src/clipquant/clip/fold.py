@@ -1,0 +1,73 @@
+"""Clipping inside the optimizer's step: fused optimizers divide the gradients by `grad_scale` as they read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+_DIVIDES_BY_GRAD_SCALE = (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+)  # not their subclasses, whose step may be another
+
+
+def can_fold(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's own step can scale all of its gradients.
+
+    Args:
+        optimizer: Any optimizer.
+
+    Returns:
+        True for a fused optimizer of torch, all of whose groups are fused, over plain dense tensors.
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> can_fold(AdamW([weight], fused=True)), can_fold(AdamW([weight]))
+        (True, False)
+    """
+    if type(optimizer) not in _DIVIDES_BY_GRAD_SCALE or not getattr(
+        optimizer, "_step_supports_amp_scaling", False
+    ):
+        return False
+    groups = optimizer.param_groups
+    return all(
+        group.get("fused") and not any(isinstance(p, DTensor) for p in group["params"])
+        for group in groups
+    )
+
+
+def fold_(optimizer: Optimizer, coefficient: float, device: torch.device) -> None:
+    """Let the next step of a fused optimizer multiply its gradients by `coefficient`; it writes them back multiplied.
+
+    Args:
+        optimizer: One that `can_fold`.
+        coefficient: Factor in (0, 1].
+        device: Device of the gradients.
+    """
+    scale = torch.full((), 1.0 / coefficient, dtype=torch.float64).float().clamp_(min=1.0)
+    setattr(optimizer, "grad_scale", scale.to(device))  # noqa: B010 - torch documents the attribute but does not declare it
+
+
+def unfold_(optimizer: Optimizer) -> None:
+    """Remove what `fold_` left, so that no later step is scaled by it."""
+    optimizer.__dict__.pop("grad_scale", None)
+
+
+def unfold_after_step(optimizer: Optimizer) -> RemovableHandle:
+    """Make every step of the optimizer end with `unfold_`; return the handle that undoes this.
+
+    A `GradScaler` sets `found_inf` beside `grad_scale` and removes both itself, so its steps are left alone.
+    """
+
+    def remove(stepped: Optimizer, *_: Any) -> None:
+        if not isinstance(getattr(stepped, "found_inf", None), Tensor):
+            unfold_(stepped)
+
+    return optimizer.register_step_post_hook(remove)

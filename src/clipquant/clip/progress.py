@@ -1,0 +1,99 @@
+"""What the steps of one optimizer have come to: counts for the log, rule state for the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from clipquant.clip.apply import ClipRecord
+from clipquant.clip.rules import State
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A step that was left out.
+
+    Args:
+        step: Number of the step.
+        grad_norm: Norm of its gradients.
+        nonfinite: Names of the parameters with a NaN or infinite gradient; empty where the norm was only too large.
+    """
+
+    step: int
+    grad_norm: float
+    nonfinite: tuple[str, ...]
+
+    def __str__(self) -> str:
+        cause = f", NaN or infinite in {', '.join(self.nonfinite[:3])}" if self.nonfinite else ""
+        more = f" and {len(self.nonfinite) - 3} more" if len(self.nonfinite) > 3 else ""
+        return f"step {self.step}: gradient norm {self.grad_norm:.4g}{cause}{more}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counts since the start, and the state of the rules.
+
+    Args:
+        steps: Steps that had gradients.
+        clipped_steps: Those among them whose gradients were clipped.
+        skipped_steps: Those that were left out.
+        streak: The skips since the last step that was taken.
+        state: State of the rules.
+
+    Example:
+        >>> Progress().after(ClipRecord(clipped=True), step=0).clip_rate
+        1.0
+    """
+
+    steps: int = 0
+    clipped_steps: int = 0
+    skipped_steps: int = 0
+    streak: tuple[Skip, ...] = ()
+    state: State = field(default_factory=dict, repr=False)
+
+    @property
+    def clip_rate(self) -> float:
+        """Share of the steps whose gradients were clipped."""
+        return self.clipped_steps / self.steps if self.steps else 0.0
+
+    def after(self, record: ClipRecord, step: int) -> Progress:
+        """Return the progress after one more step.
+
+        Args:
+            record: What was done to its gradients.
+            step: Its number.
+        """
+        skip = Skip(
+            step, float("nan") if record.grad_norm is None else record.grad_norm, record.nonfinite
+        )
+        return replace(
+            self,
+            steps=self.steps + 1,
+            clipped_steps=self.clipped_steps + record.clipped,
+            skipped_steps=self.skipped_steps + record.skipped,
+            streak=(*self.streak, skip) if record.skipped else (),
+            state=record.state,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all as numbers, lists and tensors, which a checkpoint holds without pickled classes."""
+        return {
+            "steps": self.steps,
+            "clipped_steps": self.clipped_steps,
+            "skipped_steps": self.skipped_steps,
+            "streak": [[skip.step, skip.grad_norm, list(skip.nonfinite)] for skip in self.streak],
+            "state": dict(self.state),
+        }
+
+    @classmethod
+    def from_state_dict(cls, saved: Mapping[str, Any]) -> Progress:
+        """Return what `state_dict` was given for."""
+        streak = tuple(Skip(step, norm, tuple(names)) for step, norm, names in saved["streak"])
+        return cls(
+            saved["steps"],
+            saved["clipped_steps"],
+            saved["skipped_steps"],
+            streak,
+            dict(saved["state"]),
+        )

@@ -1,0 +1,334 @@
+"""Rules without memory: what they decide depends on the gradients of one step, or on the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from clipquant.clip.norms import Gradients, norms_by_group, unit_norms
+from clipquant.clip.plans import Clamp, Indicate, Scale, ScaleEach, ScaleUnits
+
+State = dict[str, Tensor]
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What clips: three pure methods, none of which changes a gradient.
+
+    A rule of your own needs no base class. `clip_gradients_` asks `plan` once for all gradients, then asks `clip` for
+    each gradient and writes what it returns.
+    """
+
+    def init(self) -> State:
+        """Return the state before the first step; empty for a rule without memory."""
+        ...
+
+    def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[Any, State]:
+        """Decide from all gradients; return the plan and the next state."""
+        ...
+
+    def clip(self, grad: Tensor, param: Tensor, plan: Any) -> Tensor:
+        """Return the clipped gradient of one parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Value:
+    """Clamp every element of every gradient to [-limit, limit]; elements within are untouched bit for bit.
+
+    Real and imaginary parts of a complex gradient are clamped separately.
+
+    Args:
+        limit: Largest magnitude of an element, >= 0.
+
+    Raises:
+        ValueError: `limit` is negative, NaN or no number.
+
+    Source: `g <- clamp(g, -c, c)`; Mikolov, "Statistical language models based on neural networks" (2012), ch. 3.2.2.
+
+    Example:
+        >>> Value(1.0).clip(torch.tensor([-3.0, 0.5]), torch.zeros(2), Clamp(1.0))
+        tensor([-1.0000,  0.5000])
+    """
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        check_number(
+            "Value", "limit", self.limit, low=0.0, hint="the largest magnitude an element may have"
+        )
+
+    def init(self) -> State:
+        return {}
+
+    def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[Clamp, State]:
+        return Clamp(float(self.limit)), state
+
+    def clip(self, grad: Tensor, param: Tensor, plan: Clamp) -> Tensor:
+        if grad.is_complex():
+            return torch.view_as_complex(torch.view_as_real(grad).clamp(-plan.limit, plan.limit))
+        return grad.clamp(-plan.limit, plan.limit)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Scale gradients down so that their norm is at most `max_norm`; directions stay, nothing is scaled up.
+
+    Args:
+        max_norm: Largest norm, >= 0.
+        norm_type: Order p >= 1 of the norm; `math.inf` or "inf" for the largest magnitude.
+        scope: What one norm covers: "global" all gradients as one vector, "group" each parameter group of the
+            optimizer, "tensor" each gradient for itself.
+        warmup_steps: Steps over which the limit moves linearly from `warmup_start` to `max_norm`; 0 for none.
+        warmup_start: Limit before the first step, >= 0.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    Source: `g <- g * min(1, max_norm / (|g| + 1e-6))`; Pascanu et al., arXiv 1211.5063, with the guard of
+    `torch.nn.utils.clip_grad_norm_`.
+
+    Example:
+        >>> plan, _ = Norm(1.0).plan(Gradients([torch.tensor([3.0, 4.0])]), [], {})
+        >>> Norm(1.0).clip(torch.tensor([3.0, 4.0]), torch.zeros(2), plan)
+        tensor([0.6000, 0.8000])
+    """
+
+    max_norm: float
+    norm_type: float | str = 2.0
+    scope: Literal["global", "group", "tensor"] = "global"
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number(
+            "Norm",
+            "max_norm",
+            self.max_norm,
+            low=0.0,
+            hint="the largest norm the gradients may have",
+        )
+        order = float(self.norm_type) if self.norm_type == "inf" else self.norm_type
+        check_number(
+            "Norm", "norm_type", order, low=1.0, hint='the order of the norm, e.g. 2 or "inf"'
+        )
+        if self.scope not in ("global", "group", "tensor"):
+            raise ValueError(
+                f'Norm: scope must be "global", "group" or "tensor", got {self.scope!r}'
+            )
+        check_count("Norm", "warmup_steps", self.warmup_steps, low=0)
+        check_number(
+            "Norm",
+            "warmup_start",
+            self.warmup_start,
+            low=0.0,
+            hint="the limit before the first step",
+        )
+
+    @property
+    def order(self) -> float:
+        """Order of the norm as a float."""
+        return float(self.norm_type)
+
+    @property
+    def folds(self) -> bool:
+        """Whether every plan is one coefficient for all gradients, which an optimizer can apply inside its step."""
+        return self.scope == "global"
+
+    def init(self) -> State:
+        return {"steps": torch.zeros((), dtype=torch.int64)} if self.warmup_steps else {}
+
+    def plan(
+        self, grads: Gradients, params: Sequence[Tensor], state: State
+    ) -> tuple[Scale | ScaleEach, State]:
+        limit, state = self._limit(state)
+        if self.scope == "global":
+            return Scale(norm_coefficient(grads.norm(self.order), limit)), state
+        norms = grads.norms(self.order)
+        if self.scope == "group":
+            index = sorted(set(grads.groups))
+            totals = norms_by_group(norms, grads.groups, self.order)
+            norms = totals[[index.index(group) for group in grads.groups]]
+        return scale_each(norm_coefficient(norms, limit), params), state
+
+    def clip(self, grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
+        return scaled(grad, param, plan)
+
+    def _limit(self, state: State) -> tuple[float, State]:
+        if not self.warmup_steps:
+            return float(self.max_norm), state
+        steps = state["steps"] + 1
+        share = min(1.0, int(steps) / self.warmup_steps)
+        return self.warmup_start + share * (self.max_norm - self.warmup_start), {
+            **state,
+            "steps": steps,
+        }
+
+
+@dataclass(frozen=True)
+class AGC:
+    """Scale each unit of a gradient down to at most `ratio` times the norm of the same unit of the weight.
+
+    A unit is one output channel (first axis) of a tensor with two or more axes, the whole tensor otherwise. The
+    weight's norm counts as at least `eps`, so that zero-initialised weights still learn.
+
+    Args:
+        ratio: Largest norm of a gradient's unit relative to the weight's, > 0.
+        eps: Smallest norm of a weight's unit, > 0.
+
+    Raises:
+        ValueError: A value is not positive.
+
+    Source: adaptive gradient clipping, Brock et al., arXiv 2102.06171, equation 3.
+
+    Example:
+        >>> weight, grad = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]])
+        >>> AGC(0.1).clip(grad, weight, ScaleUnits(0.1, 1e-3))
+        tensor([[0.0600, 0.0800]])
+    """
+
+    ratio: float = 0.01
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_number("AGC", "ratio", self.ratio, above=0.0, hint="e.g. 0.01")
+        check_number(
+            "AGC",
+            "eps",
+            self.eps,
+            above=0.0,
+            hint="e.g. 1e-3: with 0 a zero weight would never learn",
+        )
+
+    def init(self) -> State:
+        return {}
+
+    def plan(
+        self, grads: Gradients, params: Sequence[Tensor], state: State
+    ) -> tuple[ScaleUnits, State]:
+        return ScaleUnits(float(self.ratio), float(self.eps)), state
+
+    def clip(self, grad: Tensor, param: Tensor, plan: ScaleUnits) -> Tensor:
+        return grad * unit_coefficients(unit_norms(grad), unit_norms(param), plan).to(grad.dtype)
+
+
+@dataclass(frozen=True)
+class Indicator:
+    """Replace every gradient element by 1 where its magnitude exceeds `threshold`, else by 0.
+
+    Signs are lost: each selected weight moves down by the learning rate. Combine it with the callback's `stop_step`.
+
+    Args:
+        threshold: Elements of at most this magnitude count as zero, >= 0. A larger one makes updates sparser.
+
+    Raises:
+        ValueError: `threshold` is negative, NaN or no number.
+
+    Source: `g <- 1 if |g| > threshold else 0`.
+
+    Example:
+        >>> Indicator(0.1).clip(torch.tensor([-3.0, 0.1, 0.0]), torch.zeros(3), Indicate(0.1))
+        tensor([1., 0., 0.])
+    """
+
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number(
+            "Indicator",
+            "threshold",
+            self.threshold,
+            low=0.0,
+            hint="0 selects every non-zero element",
+        )
+
+    def init(self) -> State:
+        return {}
+
+    def plan(
+        self, grads: Gradients, params: Sequence[Tensor], state: State
+    ) -> tuple[Indicate, State]:
+        return Indicate(float(self.threshold)), state
+
+    def clip(self, grad: Tensor, param: Tensor, plan: Indicate) -> Tensor:
+        # "Not within" rather than "beyond", so that NaN is a non-zero element, as the definition has it.
+        return (~(grad.abs() <= plan.threshold)).to(grad.dtype)
+
+
+def norm_coefficient(norm: Tensor, limit: float | Tensor) -> Tensor:
+    """Return `min(1, limit / (norm + 1e-6))`, the factor that brings a norm down to `limit`.
+
+    Args:
+        norm: Norms, any shape.
+        limit: Largest norm.
+
+    Returns:
+        Factors in [0, 1] of the shape of `norm`; NaN where the norm is.
+
+    Example:
+        >>> norm_coefficient(torch.tensor([0.5, 4.0]), 1.0)
+        tensor([1.0000, 0.2500])
+    """
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def unit_coefficients(grad_norms: Tensor, weight_norms: Tensor, plan: ScaleUnits) -> Tensor:
+    """Return the factor of each unit: `min(1, ratio * max(|w|, eps) / max(|g|, 1e-6))`.
+
+    Args:
+        grad_norms: Norm of each unit of the gradient.
+        weight_norms: Norm of each unit of the weight, same shape.
+        plan: Ratio and smallest weight norm.
+
+    Returns:
+        Factors in [0, 1], same shape.
+    """
+    largest = weight_norms.clamp(min=plan.eps) * plan.ratio
+    return (largest / grad_norms.clamp(min=1e-6)).clamp(max=1.0)
+
+
+def scale_each(coefficients: Tensor, params: Sequence[Tensor]) -> ScaleEach:
+    """Return the plan that gives each parameter's gradient its coefficient, in the order of `params`."""
+    return ScaleEach(dict(zip(map(id, params), coefficients.tolist(), strict=True)))
+
+
+def scaled(grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
+    """Return `grad` times the plan's coefficient for `param`."""
+    if isinstance(plan, Scale):
+        return grad * float(plan.coefficient)
+    return grad * plan.coefficients[id(param)]
+
+
+def check_number(
+    rule: str,
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    hint: str,
+) -> None:
+    """Check that `value` is a number in range.
+
+    Raises:
+        ValueError: It is not; the message names the rule, the value and what to give instead.
+    """
+    bound = f">= {low:g}" if low is not None else f"> {above:g}"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (value >= low if low is not None else value > above):
+        return
+    raise ValueError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
+
+
+def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
+    """Check that `value` is a whole number of at least `low`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")
