@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -61,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_trainer(args) if args and args[0] in TRAINER_COMMANDS else run_command(args)
     except (CommandError, ValueError, TypeError, OSError, ImportError) as error:
-        if show_traceback or not _is_told_here(error):
+        told = _find_told(error)
+        if show_traceback or told is None:
             raise
-        print(f"clipquant: error: {error}", file=sys.stderr)
+        print(f"clipquant: error: {told}", file=sys.stderr)
         return 1
 
 
@@ -106,6 +109,10 @@ def run_trainer(args: Sequence[str]) -> int:
             f"clipquant {args[0]} needs jsonargparse[signatures]: pip install 'clipquant[cli]'."
         )
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    # Lightning's parser calls names that jsonargparse has renamed; users cannot act on that.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     from lightning.pytorch.cli import LightningCLI
 
     _import_names()
@@ -203,8 +210,14 @@ def _import_names() -> None:
         getattr(clipquant, name)
 
 
+def _find_told(error: BaseException | None) -> BaseException | None:
+    """Return the error of a chain of causes that this package raised, with words for the user."""
+    while error is not None and not _is_told_here(error):
+        error = error.__cause__
+    return error
+
+
 def _is_told_here(error: BaseException) -> bool:
-    """Say whether this package raised the error itself, with words for the user, not other code."""
     if isinstance(error, CommandError):
         return True
     frame = error.__traceback__
