@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -43,6 +44,7 @@ def validation_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> dict[
     loaders = dataloaders(trainer, "val")
     if loaders is None or not is_overridden("validation_step", module, pl.LightningModule):
         return {}
+    _end_progress(trainer)
     with isolate_rng(), _quiet():
         judge = pl.Trainer(
             accelerator="cpu",
@@ -72,6 +74,13 @@ def dataloaders(trainer: pl.Trainer, stage: str) -> Any:
     if source.is_module():
         return getattr(source.instance, source.name)()
     return source.instance
+
+
+def _end_progress(trainer: pl.Trainer) -> None:
+    """End the fit's progress bar where it is rich's, whose screen holds one live display at a time."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar):
+        bar.teardown(trainer, trainer.lightning_module, "fit")
 
 
 @contextmanager
