@@ -74,9 +74,7 @@ def capture(model: nn.Module, example: Example) -> Capture:
         ) from error
     sizes = [tuple(tensor.shape) for tensor in example.tensors]
     note = f"input shapes are fixed at {sizes}"
-    return Capture(
-        program, example, False, (f"{note}: {why}" if example.batch_size else note,)
-    )
+    return Capture(program, example, False, (f"{note}: {why}" if example.batch_size else note,))
 
 
 def _trace(model: nn.Module, example: Example, shapes: Any) -> ExportedProgram:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-
 _LONGEST = 300  # characters of another library's message that a report repeats
 
 
@@ -104,7 +103,7 @@ def find_example(model: nn.Module, batch: Any = None) -> Example:
     for candidate in candidates:
         try:
             candidate.run(model)
-        except Exception as error:  # a model's forward may raise anything
+        except Exception as error:  # noqa: PERF203 - a model's forward may raise anything
             failures.append(reason(error))
         else:
             return candidate

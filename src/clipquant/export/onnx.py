@@ -207,7 +207,7 @@ def _optimize_around(model: ir.Model, held: Mapping[ir.Value, str]) -> None:
     import onnxscript.optimizer
 
     for value in held:
-        model.graph.initializers.pop(value.name)
+        model.graph.initializers.pop(str(value.name))
         value.const_value = None
         model.graph.inputs.append(value)
     with quiet():
@@ -217,25 +217,20 @@ def _optimize_around(model: ir.Model, held: Mapping[ir.Value, str]) -> None:
 
 
 def _insert(graph: ir.Graph, value: ir.Value, tensor: QuantizedTensor, opset: int) -> None:
-    """Put a weight's integers and the nodes that dequantize them in the place of `value`."""
+    """Put a weight's integers and the nodes that dequantize them in the place of `value`.
+
+    A Transpose between them and a MatMul stays: without it onnxruntime would take both for a
+    product that it may compute with activations rounded to 8 bits.
+    """
     import onnx_ir as ir
 
-    users = [use.node for use in value.uses()]
-    turned = tensor.layout.rows * tensor.layout.columns > 0 and bool(users) and all(
-        node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
-        for node in users
-    )
-    emit = emit_weight(value.name, tensor, stored_weight(tensor, opset), turned)
+    emit = emit_weight(str(value.name), tensor, stored_weight(tensor, opset))
     weight = emit.nodes[-1].outputs[0]
-    replaced = [node.outputs[0] for node in users] if turned else [value]
-    for old in replaced:
-        ir.convenience.replace_all_uses_with(old, weight)
-    if turned:
-        graph.remove(users)
+    ir.convenience.replace_all_uses_with(value, weight)
     for initializer in emit.initializers:
         graph.register_initializer(initializer)
     graph.insert_before(graph[0], emit.nodes)
-    weight.name, weight.type, weight.shape = value.name, value.type, replaced[0].shape
+    weight.name, weight.type, weight.shape = value.name, value.type, value.shape
 
 
 def _anonymous(model: ir.Model) -> None:
@@ -258,9 +253,10 @@ def _name_batch(graph: ir.Graph) -> None:
     old = next((s[0].value for s in shapes if isinstance(s[0], ir.SymbolicDim)), None)
     produced = (value for node in graph.all_nodes() for value in node.outputs)
     for value in [*graph.inputs, *produced]:
-        for axis, size in enumerate(value.shape or ()):
+        shape = value.shape if value.shape is not None else ir.Shape(())
+        for axis, size in enumerate(shape):
             if isinstance(size, ir.SymbolicDim) and size.value == old:
-                value.shape[axis] = "batch"
+                shape[axis] = "batch"
 
 
 def _widened(weights: QuantizedWeights, names: Iterable[str], opset: int) -> Iterator[str]:

@@ -49,15 +49,6 @@ class StoredWeight:
         """The lowest opset that holds it."""
         return max(WIDTH_SINCE[self.width], BLOCKS_SINCE if self.block_size else 0)
 
-    def transposed(self) -> StoredWeight:
-        """Return the weight of two dimensions with its axes swapped."""
-        if self.axis is None:
-            return _replace(self, codes=self.codes.T)
-        if not self.block_size:
-            return _replace(self, codes=self.codes.T, axis=1 - self.axis)
-        parts = {k: v.T for k in ("scale", "point", "zero") if (v := getattr(self, k)) is not None}
-        return _replace(self, codes=self.codes.T, axis=1 - self.axis, **parts)
-
 
 def stored_width(tensor: QuantizedTensor, opset: int | None = None) -> int:
     """Return the narrowest width of ONNX integers, among those of `opset`, that holds the codes.
@@ -131,7 +122,9 @@ class Emitter:
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
 
-    def constant(self, suffix: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    def constant(
+        self, suffix: str, array: np.ndarray, dtype: ir.DataType | None = None
+    ) -> ir.Value:
         """Return an initializer of the graph."""
         import onnx_ir as ir
 
@@ -160,21 +153,17 @@ class Emitter:
         return self.constant(suffix, np.array(sizes, dtype=np.int64))
 
 
-def emit_weight(
-    name: str, tensor: QuantizedTensor, form: StoredWeight, transposed: bool
-) -> Emitter:
-    """Return the nodes that give the weight, or its transpose, from integers; the last one's output.
+def emit_weight(name: str, tensor: QuantizedTensor, form: StoredWeight) -> Emitter:
+    """Return the nodes that give a weight from its integers, as the last one's output.
 
     Args:
         name: The weight's name in the graph.
         tensor: The weight.
         form: As the file holds it.
-        transposed: Whether to give the transpose, with the codes stored that way.
     """
     import onnx_ir as ir
 
     emit = Emitter(name)
-    form = form.transposed() if transposed else form
     kind = ir.DataType[f"{'INT' if form.signed else 'UINT'}{form.width}"]
     codes = emit.constant("q", form.codes.numpy().astype(kind.numpy()), kind)
     scale = _float(emit, "scale", form.scale)
@@ -184,7 +173,7 @@ def emit_weight(
     weight = emit.op("DequantizeLinear", inputs, **_axis(form))
     if form.zero is not None:
         weight = emit.op("Sub", [weight, _offset(emit, form, scale)])
-    if not transposed and tuple(form.codes.shape) != tensor.layout.shape:
+    if tuple(form.codes.shape) != tensor.layout.shape:
         weight = _unfold(emit, weight, tensor)
     if tensor.dtype != torch.float32:
         emit.op("Cast", [weight], to=_onnx_dtype(tensor.dtype))
@@ -221,18 +210,15 @@ def _offset(emit: Emitter, form: StoredWeight, scale: ir.Value) -> ir.Value:
 
 
 def _expand_blocks(emit: Emitter, form: StoredWeight, offset: ir.Value) -> ir.Value:
-    """Repeat each block's offset along the axis; a short last block is cut."""
-    assert form.axis is not None  # noqa: S101 - blocks lie along an axis
-    axis, size, wanted = form.axis, form.block_size, form.codes.shape[form.axis]
-    blocks, others = form.scale.shape[axis], form.scale.shape[1 - axis]
-    offset = emit.op("Unsqueeze", [offset, emit.shape("block_axis", [axis + 1])])
-    spread = [blocks, size, others] if axis == 0 else [others, blocks, size]
-    offset = emit.op("Expand", [offset, emit.shape("blocks", spread)])
-    flat = [blocks * size, others] if axis == 0 else [others, blocks * size]
-    offset = emit.op("Reshape", [offset, emit.shape("offset_shape", flat)])
-    if blocks * size == wanted:
+    """Repeat each block's offset along its columns; a short last block is cut."""
+    rows, columns = form.codes.shape
+    blocks, size = form.scale.shape[1], form.block_size
+    offset = emit.op("Unsqueeze", [offset, emit.shape("block_axis", [2])])
+    offset = emit.op("Expand", [offset, emit.shape("blocks", [rows, blocks, size])])
+    offset = emit.op("Reshape", [offset, emit.shape("offset_shape", [rows, blocks * size])])
+    if blocks * size == columns:
         return offset
-    ends = [emit.shape(k, [v]) for k, v in (("start", 0), ("end", wanted), ("cut_axis", axis))]
+    ends = [emit.shape(k, [v]) for k, v in (("start", 0), ("end", columns), ("cut_axis", 1))]
     return emit.op("Slice", [offset, *ends])
 
 

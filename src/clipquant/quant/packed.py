@@ -126,7 +126,7 @@ class PackedWeight(nn.Module):
             moved = fn(buffer)
             return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -167,7 +167,7 @@ def pack_modules_(
             module.add_module(f"packed_{attribute}", weight.to(_real(device)))
         if isinstance(module, nn.RNNBase):
             module._flat_weights = []
-        module.__class__ = _packed_class(type(module), tuple(attributes))
+        module.__class__ = _packed_class(type(module), tuple(attributes))  # type: ignore[arg-type]
 
 
 def packed_copy(model: nn.Module, weights: QuantizedWeights) -> nn.Module:
@@ -195,10 +195,10 @@ def _real(device: torch.device) -> torch.device:
 
 
 @functools.cache
-def _packed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+def _packed_class(base: type, attributes: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of `base` whose `attributes` are read from its packed weights."""
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    def reduce(self: nn.Module, _protocol: Any) -> tuple[Any, ...]:
         get_state = getattr(self, "__getstate__", None)
         state = get_state() if get_state else self.__dict__.copy()
         return _new, (base, attributes), state
@@ -212,7 +212,7 @@ def _packed_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn
 
 
 def _new(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
-    cls = _packed_class(base, attributes)
+    cls = _packed_class(base, attributes)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
