@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
@@ -75,6 +76,7 @@ def judge(
     loaders = validation_data(trainer, module)
     if loaders is None:
         return Judgement()
+    _end_progress(trainer)
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
         stack.enter_context(_kept_generators(loaders))
@@ -127,6 +129,13 @@ def copy_module(module: pl.LightningModule) -> pl.LightningModule:
         module._trainer = trainer
     copied._metric_attributes = None  # names its metrics by id(): the copies have others
     return copied
+
+
+def _end_progress(trainer: pl.Trainer) -> None:
+    """End the fit's progress bar where it is rich's, whose screen holds one live display at a time."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar):
+        bar.teardown(trainer, trainer.lightning_module, "fit")
 
 
 @contextmanager
