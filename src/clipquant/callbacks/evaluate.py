@@ -184,7 +184,7 @@ def _closed(guest: pl.LightningModule) -> Iterator[None]:
     would wait for processes that are not judging.
     """
     for name in _BUILDERS:
-        setattr(guest, name, _nothing)
+        setattr(guest, name, getattr(pl.LightningModule, name).__get__(guest))
     metrics = [part for part in guest.modules() if isinstance(part, Metric)]
     available = [metric.distributed_available_fn for metric in metrics]
     for metric in metrics:
@@ -196,10 +196,6 @@ def _closed(guest: pl.LightningModule) -> Iterator[None]:
             delattr(guest, name)
         for metric, function in zip(metrics, available, strict=True):
             metric.distributed_available_fn = function
-
-
-def _nothing(*_: Any, **__: Any) -> tuple[()]:
-    return ()
 
 
 def _alone() -> bool:
