@@ -149,7 +149,7 @@ def inspect_file(path: str | Path) -> int:
 
 
 def _tensor_rows(artifact: Artifact) -> Iterator[tuple[str, str, str, str]]:
-    from clipquant.report.record import stored_bytes
+    from clipquant.report.layers import stored_bytes
 
     weights = artifact.weights
     for name, tensor in weights.tensors.items():
