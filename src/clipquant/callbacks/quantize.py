@@ -16,9 +16,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 
 from clipquant.artifact import read_metadata
-from clipquant.callbacks.evaluate import Judgement, copy_module, judge
+from clipquant.budget import BudgetError
+from clipquant.callbacks.auto import choose_bits
+from clipquant.callbacks.evaluate import Judgement, copy_module, judge, validation_data
 from clipquant.callbacks.export import check_formats, check_installed, export_files
-from clipquant.model import QuantizedModel, quantize
+from clipquant.model import AutoBits, QuantizedModel, check_auto, quantize
 from clipquant.quant.layers import select
 from clipquant.quant.model import check_method, specs_for
 from clipquant.quant.spec import QuantSpec
@@ -36,7 +38,7 @@ class QuantizeOnFitEnd(pl.Callback):
     that it gives exactly what the file gives.
 
     Args:
-        bits: Width of a code, 1 to 8.
+        bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
         levels: Number of steps of the grid, instead of `2**bits - 1`.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
@@ -104,7 +106,11 @@ bits='auto' with max_drop or max_size to have it chosen.
             )
         self.export = check_formats(export, calibration_batches)
         self.calibration_batches, self.max_drop = calibration_batches, max_drop
-        self.spec = QuantSpec(bits, levels, symmetric, granularity)  # type: ignore[arg-type]
+        self.max_size, self.on_fail = max_size, on_fail
+        self.auto = bits == "auto"
+        if bits == "auto":
+            check_auto(max_drop, max_size, method, levels, symmetric, granularity)
+        self.spec = QuantSpec(8 if bits == "auto" else bits, levels, symmetric, granularity)
         self.method = method
         self.monitor, self.mode = monitor, mode
         self.include, self.exclude, self.overrides = include, exclude, overrides
@@ -136,6 +142,21 @@ bits='auto' with max_drop or max_size to have it chosen.
         if trainer.is_global_zero:
             check_writable(self._folder(trainer))
 
+        if self.auto and self.max_drop is not None and validation_data(trainer, pl_module) is None:
+            raise ValueError(
+                "max_drop is judged on validation data, and the Trainer has none. Give it a "
+                "val_dataloader and a validation_step, or ask for max_size alone."
+            )
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out before training that the metric that shall judge is logged at all."""
+        monitor, _ = monitored(trainer, self.monitor, self.mode)
+        if self.auto and self.max_drop is not None and monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"max_drop watches {monitor!r}, which validation does not log; logged are "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}. Set monitor to one of them."
+            )
+
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
@@ -158,30 +179,23 @@ bits='auto' with max_drop or max_size to have it chosen.
         pl_module.load_state_dict(trainer.strategy.broadcast(state), strict=False)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> QuantizedModel:
-        module = copy_module(pl_module)
+        module = _copy_or_itself(pl_module)
         if self.weights == "best":
             load_best(trainer, module)
-        quantized = quantize(
-            module,
-            self.spec.bits,
-            levels=self.spec.levels,
-            symmetric=self.spec.symmetric,
-            granularity=self.spec.granularity,
-            method=self.method,
-            include=self.include,
-            exclude=self.exclude,
-            overrides=self.overrides,
-        )
-        before = judge(trainer, module)
-        after = judge(trainer, module, quantized.state_dict())
         monitor, mode = monitored(trainer, self.monitor, self.mode)
-        quantized = quantized.reported(
-            float_metrics=before.metrics,
-            quantized_metrics=after.metrics,
-            monitor=monitor,
-            mode=mode,
-            seed=_seed(),
-        )
+        before = judge(trainer, module)
+        if self.auto:
+            quantized, after = self._quantize_auto(trainer, module, before, (monitor, mode))
+        else:
+            quantized = self._quantize_plain(module)
+            after = judge(trainer, module, quantized.state_dict())
+            quantized = quantized.reported(
+                float_metrics=before.metrics,
+                quantized_metrics=after.metrics,
+                monitor=monitor,
+                mode=mode,
+            )
+        quantized = quantized.reported(seed=_seed())
         path = quantized.save(self._folder(trainer) / FILE)
         self.artifact_path = path
         self.report = replace(
@@ -205,6 +219,43 @@ bits='auto' with max_drop or max_size to have it chosen.
         log_report(self.report, trainer.loggers, trainer.global_step)
         print_summary(self.report)
         return replace(quantized, report=self.report)
+
+    def _quantize_plain(self, module: pl.LightningModule) -> QuantizedModel:
+        return quantize(
+            module,
+            self.spec.bits,
+            levels=self.spec.levels,
+            symmetric=self.spec.symmetric,
+            granularity=self.spec.granularity,
+            method=self.method,
+            include=self.include,
+            exclude=self.exclude,
+            overrides=self.overrides,
+        )
+
+    def _quantize_auto(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        before: Judgement,
+        judged_by: tuple[str, str],
+    ) -> tuple[QuantizedModel, Judgement]:
+        goal = AutoBits(
+            self.max_drop,
+            self.max_size,
+            *judged_by,
+            self.spec.granularity,
+            self.include,
+            self.exclude,
+            self.overrides,
+        )
+        found = choose_bits(trainer, module, goal, self.calibration_batches, before)
+        budget = found[0].report.budget
+        if budget is not None and budget.failure:
+            if self.on_fail == "raise":
+                raise BudgetError(f"{budget.failure}. Nothing was written; on_fail='warn' would.")
+            rank_zero_warn(f"Budget missed: {budget.failure}.")
+        return found
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         if self.dirpath is not None:
@@ -238,6 +289,14 @@ def log_report(report: QuantizationReport, loggers: Iterable[Logger], step: int)
                 f"{type(logger).__name__} did not take the quantization figures "
                 f"({type(error).__name__}: {error}); they stand in report.json."
             )
+
+
+def _copy_or_itself(module: pl.LightningModule) -> pl.LightningModule:
+    """Return a copy of the module, or itself where it has none; `judge` tells the user of that."""
+    try:
+        return copy_module(module)
+    except Exception:
+        return module
 
 
 def _latency(before: Judgement, after: Judgement) -> Latency | None:

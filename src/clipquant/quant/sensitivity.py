@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def squared_gradients(
     sums = [torch.zeros(t.layout.rows, t.layout.columns) for t in targets]
     weights = [target.weight for target in targets]
     trained = [weight.requires_grad for weight in weights]
-    count = 0
+    count, reached = 0, False
     try:
         for weight in weights:
             weight.requires_grad_(True)
@@ -52,6 +53,7 @@ def squared_gradients(
                 found = torch.autograd.grad(value, weights, allow_unused=True)
             for total, target, gradient in zip(sums, targets, found, strict=True):
                 if gradient is not None:
+                    reached = True
                     total.add_(target.layout.fold(gradient.float()).square_().cpu(), alpha=samples)
     finally:
         for weight, flag in zip(weights, trained, strict=True):
@@ -60,6 +62,11 @@ def squared_gradients(
         raise ValueError(
             "bits='auto' estimates sensitivities from data, and there was no batch. "
             "Pass data that is not empty (an iterator gives its batches only once)."
+        )
+    if not reached:
+        raise ValueError(
+            "no weight to quantize has a gradient: the loss does not depend on them. Check that the model runs "
+            "its layers on the batch and does not detach their outputs."
         )
     return {target.name: total / count for target, total in zip(targets, sums, strict=True)}
 
@@ -70,6 +77,21 @@ def _check_loss(value: Tensor, number: int) -> None:
             f"the loss of calibration batch {number} is {float(value)}: sensitivities need finite "
             "losses. Check the batch and the weights."
         )
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Return the model's output for a batch: a dict is keywords, a tuple or list positions.
+
+    >>> run_batch(nn.Linear(2, 1), (torch.ones(1, 2),)).shape
+    torch.Size([1, 1])
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+        several = inspect.Parameter.VAR_POSITIONAL in kinds
+        return model(*(batch if several else batch[: len(kinds)]))
+    return model(batch)
 
 
 def output_divergence(output: Any, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
