@@ -110,8 +110,9 @@ def run_trainer(args: Sequence[str]) -> int:
         )
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    # Lightning's parser calls names that jsonargparse has renamed; users cannot act on that.
+    # Lightning calls names that jsonargparse and torch have renamed; users cannot act on that.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     from lightning.pytorch.cli import LightningCLI
 
