@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from clipquant.artifact import read_metadata
 from clipquant.callbacks.evaluate import Judgement, copy_module, judge
+from clipquant.callbacks.export import check_formats, check_installed, export_files
 from clipquant.model import QuantizedModel, quantize
 from clipquant.quant.layers import select
 from clipquant.quant.model import check_method, specs_for
@@ -52,7 +53,8 @@ class QuantizeOnFitEnd(pl.Callback):
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
         weights: Which weights: those at the end ("last") or ModelCheckpoint's best ("best").
         dirpath: Folder of the file and the report. None: `quantized/` under the log directory.
-        export: Further formats to write.
+        export: Further formats to write beside the file: "pt2" (`model.pt2`), "onnx" (`model.onnx`)
+            and "onnx-int8" (`model.int8.onnx`). One that fails leaves its reason in the report.
         on_fail: What to do when a budget cannot be met.
 
     Attributes:
@@ -100,6 +102,8 @@ bits='auto' with max_drop or max_size to have it chosen.
                 "calibration_batches must be a whole number, 0 or more; got "
                 f"{calibration_batches!r}. 0 quantizes without data."
             )
+        self.export = check_formats(export, calibration_batches)
+        self.calibration_batches, self.max_drop = calibration_batches, max_drop
         self.spec = QuantSpec(bits, levels, symmetric, granularity)  # type: ignore[arg-type]
         self.method = method
         self.monitor, self.mode = monitor, mode
@@ -113,6 +117,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         """Refuse, before any training, what could only fail after it."""
         if stage != "fit":
             return
+        check_installed(self.export)
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             raise ValueError(
                 "QuantizeOnFitEnd needs whole weights at fit end; "
@@ -185,6 +190,17 @@ bits='auto' with max_drop or max_size to have it chosen.
             sha256=read_metadata(path)["sha256"],
             latency=_latency(before, after),
         )
+        records = export_files(
+            trainer,
+            module,
+            replace(quantized, report=self.report),
+            self.export,
+            path.parent,
+            calibration_batches=self.calibration_batches,
+            max_drop=self.max_drop,
+        )
+        exports = tuple(record.to_dict() for record in records)
+        self.report = replace(self.report, exports=exports)
         write_report(self.report, path.parent)
         log_report(self.report, trainer.loggers, trainer.global_step)
         print_summary(self.report)

@@ -83,12 +83,13 @@ def as_example(inputs: Any) -> Example:
     return Example((inputs,))
 
 
-def find_example(model: nn.Module, batch: Any = None) -> Example:
+def find_example(model: nn.Module, batch: Any = None, *, own: bool = True) -> Example:
     """Return a call that `model` accepts: its `example_input_array`, or made from a data batch.
 
     Args:
         model: Any module.
         batch: What a dataloader gives: the inputs alone, (inputs, targets), or a dict with them.
+        own: Whether the model's `example_input_array` comes first.
 
     Raises:
         ExportError: If neither gives a call that runs.
@@ -96,8 +97,8 @@ def find_example(model: nn.Module, batch: Any = None) -> Example:
     >>> find_example(nn.Linear(3, 2), [torch.zeros(4, 3), torch.zeros(4)]).args[0].shape
     torch.Size([4, 3])
     """
-    own = getattr(model, "example_input_array", None)
-    candidates = [] if own is None else [as_example(own)]
+    given = getattr(model, "example_input_array", None) if own else None
+    candidates = [] if given is None else [as_example(given)]
     candidates += [] if batch is None else _readings(model, batch)
     failures = []
     for candidate in candidates:

@@ -152,9 +152,13 @@ def runner(session: ort.InferenceSession, outputs: Any) -> Forward:
     leaves, structure = pytree.tree_flatten(outputs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        arrays = session.run(None, feeds(session, Example(args, kwargs)))
-        given = iter(arrays)
-        filled = [torch.from_numpy(next(given)) if isinstance(x, Tensor) else x for x in leaves]
+        call = Example(args, kwargs)
+        device = call.tensors[0].device
+        given = iter(session.run(None, feeds(session, call)))
+        filled = [
+            torch.from_numpy(next(given)).to(device) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ]
         return pytree.tree_unflatten(filled, structure)
 
     return forward

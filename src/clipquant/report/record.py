@@ -138,6 +138,8 @@ class QuantizationReport:
         sha256: Of the file, as it stands in its metadata.
         calibration: Which data the quantizer saw, in words.
         latency: Before and after, where it was measured.
+        exports: What each further file came to: format, path, bytes, difference, notes, metrics,
+            latency and error.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -156,6 +158,7 @@ class QuantizationReport:
     sha256: str | None = None
     calibration: str = ""
     latency: Latency | None = None
+    exports: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def ratio(self) -> float:
