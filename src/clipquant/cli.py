@@ -141,7 +141,7 @@ def inspect_file(path: str | Path) -> int:
     from clipquant.report.table import print_table
 
     artifact = read_artifact(path)
-    print_table(str(path), ("name", "shape", "bits", "bytes"), list(_tensor_rows(artifact)))
+    print_table(Path(path).name, ("name", "shape", "bits", "bytes"), list(_tensor_rows(artifact)))
     print(
         f"{Path(path).stat().st_size:,} bytes in all, format_version "
         f"{artifact.metadata['format_version']}, {_name_versions(artifact)}"
