@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -13,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clipquant.artifact import load_state, save_artifact, serialize
+from clipquant.artifact import load_state, read_artifact, save_artifact, serialize
 from clipquant.budget import Goal, check_budget, meet, size_in_bytes
+from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
 from clipquant.quant.auto import allocator
 from clipquant.quant.layers import Globs, Target, select
 from clipquant.quant.model import (
@@ -86,6 +88,9 @@ class QuantizedModel:
         """
         report = replace(self.report, **known)
         size = len(serialize(self.weights, describe(report)))
+        if report.budget is not None:
+            trials = (replace(t, size_bytes=size) if t.chosen else t for t in report.budget.trials)
+            report = replace(report, budget=replace(report.budget, trials=tuple(trials)))
         return replace(self, report=replace(report, size_bytes=size))
 
 
@@ -214,7 +219,7 @@ def quantize_auto(
         mode=goal.mode,
     )
     most = None if goal.max_size is None else size_in_bytes(goal.max_size, base.float_bytes)
-    spare = 640 + 3 * len(str(dict(before)))  # the search and the metrics, once they are known
+    spare = 1000 + 10 * len(fisher) + 3 * len(str(dict(before)))  # the search and the metrics, once they are known
 
     def size_of(weights: QuantizedWeights) -> int:
         return len(serialize(weights, describe(base)))
@@ -222,16 +227,13 @@ def quantize_auto(
     asked = Goal(goal.max_drop, most, goal.monitor, goal.mode)
     outcome = meet(asked, found, size_of, before, judge, spare)
     report = make_report(outcome.weights, model, found.sensitivities(outcome.bits))
-    made = QuantizedModel(outcome.weights, report).reported(
+    return QuantizedModel(outcome.weights, report).reported(
         float_metrics=dict(before),
         quantized_metrics=dict(outcome.metrics),
         monitor=goal.monitor if before else None,
         mode=goal.mode if before else None,
         budget=outcome.budget,
     )
-    size = made.report.size_bytes
-    trials = tuple(replace(t, size_bytes=size) if t.chosen else t for t in outcome.budget.trials)
-    return made.reported(budget=replace(outcome.budget, trials=trials))
 
 
 def check_auto(
@@ -308,3 +310,28 @@ def make_report(
         environment=environment(),
     )
     return replace(report, size_bytes=len(serialize(weights, describe(report))))
+
+
+def to_compressed_tensors(path: str | Path, out: str | Path) -> PackQuantized:
+    """Write an artifact's Linear layers in the layout that the compressed-tensors package reads.
+
+    Codes and scales are kept. What the layout cannot hold, such as convolutions, is written
+    dequantized, and a warning names it.
+
+    Args:
+        path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
+        out: Folder for `model.safetensors` and `config.json`.
+
+    Returns:
+        What was packed, and what was not and why.
+
+    Raises:
+        ArtifactError: If the file is missing, damaged or of a newer format.
+        ExportError: If no weight fits the layout.
+        OSError: If the folder cannot be written.
+    """
+    written = to_pack_quantized(read_artifact(path).weights, out)
+    if written.dense:
+        said = ", ".join(f"{name} ({why})" for name, why in written.dense.items())
+        warnings.warn(f"{out}: written dequantized: {said}.", stacklevel=2)
+    return written
