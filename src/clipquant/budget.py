@@ -189,7 +189,9 @@ class _Search:
         """Return the smallest allocation measured to hold; without one, the nearest."""
         goal, edge = self.goal, self.found.frontier
         first = max(edge.least_bytes, (goal.max_size or 0) - self.overhead, edge.most_bytes // 40)
-        points = torch.logspace(math.log(max(first, 1)), math.log(max(edge.most_bytes, 2)), _SIZES, math.e)
+        points = torch.logspace(
+            math.log(max(first, 1)), math.log(max(edge.most_bytes, 2)), _SIZES, math.e
+        )
         sizes = sorted({min(int(point) + 1, edge.most_bytes) for point in points.double().tolist()})
         at: dict[int, int] = {}
 
@@ -202,12 +204,7 @@ class _Search:
             nearest = min(range(len(self.tried)), key=self._drop)
             said = f"no allocation keeps the drop of {goal.monitor} within {goal.max_drop:g}; the least is"
             return self._chosen(nearest, f"{said} {self._drop(nearest):.4g}")
-        index = at[answer.size]
-        size = self.tried[index][1].size_bytes
-        if goal.max_size is None or size <= goal.max_size:
-            return self._chosen(index, "")
-        said = f"max_drop={goal.max_drop:g} needs {size:,} bytes, more than max_size={goal.max_size:,}"
-        return self._chosen(index, said)
+        return self._chosen(at[answer.size], "")
 
     def _bits(self, file_bytes: int) -> dict[str, Tensor]:
         """Return the allocation that fills a file of at most so many bytes."""
@@ -222,7 +219,9 @@ class _Search:
     def _uniform_size(self, width: int) -> int:
         choices = self.found.frontier.choices
         bits = self.found.uniform(width)
-        rows = sum(c.row_bytes(int(bits[n][0])) * len(c.losses) for n, c in choices.items() if len(bits[n]))
+        rows = sum(
+            c.row_bytes(int(bits[n][0])) * len(c.losses) for n, c in choices.items() if len(bits[n])
+        )
         return self.overhead + rows
 
     def _try(self, bits: Mapping[str, Tensor], what: str = "rows") -> int:
@@ -248,6 +247,17 @@ class _Search:
         )
         budget = Budget(self.goal.max_drop, self.goal.max_size, trials, failure)
         return replace(self.tried[index][0], budget=budget)
+
+
+def missed_size(goal: Goal, size: int) -> str:
+    """Return why a file of this size misses the goal; empty where it does not.
+
+    >>> missed_size(Goal(0.1, 300, "acc", "max"), 400)
+    'max_drop=0.1 needs 400 bytes, more than max_size=300'
+    """
+    if goal.max_size is None or size <= goal.max_size:
+        return ""
+    return f"max_drop={goal.max_drop or 0:g} needs {size:,} bytes, more than max_size={goal.max_size:,}"
 
 
 def _monitored(before: Metrics, goal: Goal, judged: bool) -> float | None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from clipquant import __version__
 
 if TYPE_CHECKING:
-    from clipquant.report.record import QuantizationReport
     from clipquant.artifact import Artifact
+    from clipquant.report.record import QuantizationReport
 
 TRAINER_COMMANDS = {
     "fit": "train the model of a YAML file: clipquant fit --config FILE",

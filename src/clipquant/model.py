@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.artifact import load_state, read_artifact, save_artifact, serialize
-from clipquant.budget import Goal, check_budget, meet, size_in_bytes
+from clipquant.budget import Goal, check_budget, meet, missed_size, size_in_bytes
 from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
 from clipquant.quant.auto import allocator
 from clipquant.quant.layers import Globs, Target, select
@@ -145,7 +145,9 @@ def quantize(
         guest = copy.deepcopy(model).eval()
         targets = select(guest, include, exclude).targets
         fisher = squared_gradients(guest, targets, batches, _divergence())
-        goal = AutoBits(max_drop, max_size, "score", "max", granularity, include, exclude, overrides)
+        goal = AutoBits(
+            max_drop, max_size, "score", "max", granularity, include, exclude, overrides
+        )
         judged = None if score is None else _judge_of(model, score)
         before = {} if score is None else {"score": float(score(model))}
         found = quantize_auto(model, goal, fisher, before, judged)
@@ -179,7 +181,7 @@ class AutoBits:
     """What bits="auto" is asked: the budgets, the metric that judges, and what is quantized how."""
 
     max_drop: float | None
-    max_size: int | float | str | None  # noqa: PYI041 - an int is bytes, a float a share
+    max_size: int | float | str | None
     monitor: str
     mode: str
     granularity: Granularity = "channel"
@@ -219,7 +221,8 @@ def quantize_auto(
         mode=goal.mode,
     )
     most = None if goal.max_size is None else size_in_bytes(goal.max_size, base.float_bytes)
-    spare = 1000 + 10 * len(fisher) + 3 * len(str(dict(before)))  # the search and the metrics, once they are known
+    # What the file will say of the search and its outcome, once they are known.
+    spare = 1000 + 10 * len(fisher) + 3 * len(str(dict(before)))
 
     def size_of(weights: QuantizedWeights) -> int:
         return len(serialize(weights, describe(base)))
@@ -227,13 +230,15 @@ def quantize_auto(
     asked = Goal(goal.max_drop, most, goal.monitor, goal.mode)
     outcome = meet(asked, found, size_of, before, judge, spare)
     report = make_report(outcome.weights, model, found.sensitivities(outcome.bits))
-    return QuantizedModel(outcome.weights, report).reported(
+    made = QuantizedModel(outcome.weights, report).reported(
         float_metrics=dict(before),
         quantized_metrics=dict(outcome.metrics),
         monitor=goal.monitor if before else None,
         mode=goal.mode if before else None,
         budget=outcome.budget,
     )
+    failure = outcome.budget.failure or missed_size(asked, made.report.size_bytes)
+    return made.reported(budget=replace(outcome.budget, failure=failure))
 
 
 def check_auto(
@@ -290,7 +295,9 @@ def _judge_of(
     guest = copy.deepcopy(model)
 
     def judge(weights: QuantizedWeights) -> Mapping[str, float]:
-        return {"score": float(score(load_state(guest, weights.state_dict(), "the quantized model")))}
+        return {
+            "score": float(score(load_state(guest, weights.state_dict(), "the quantized model")))
+        }
 
     return judge
 

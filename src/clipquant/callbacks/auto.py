@@ -89,7 +89,11 @@ class _Loss:
             try:
                 return _training_loss(module, batch)
             except Exception as error:  # manual optimization, a step that asks its Trainer, no loss
-                self.what = f"divergence of the outputs (training_step: {type(error).__name__}: {error})"[:160]
+                self.what = (
+                    f"divergence of the outputs (training_step: {type(error).__name__}: {error})"[
+                        :160
+                    ]
+                )
         return output_divergence(_forward(module, batch), self.generator)
 
 

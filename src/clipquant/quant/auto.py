@@ -139,7 +139,9 @@ def range_grid(matrix: Tensor, weight: Tensor, width: int, group_size: int) -> G
     best = _Fit(low * 0, low * 0, torch.full_like(low, torch.inf))
     for share in torch.linspace(1.0, least, count).tolist():
         scale = (high - low) * share / steps
-        best = best.better(_measured(values, counts, scale, (high + low - scale * steps) / 2, steps))
+        best = best.better(
+            _measured(values, counts, scale, (high + low - scale * steps) / 2, steps)
+        )
     for _ in range(_REFITS):
         best = best.better(_refit(values, counts, best, steps))
     constant = (low == high) | (best.scale <= 0)
