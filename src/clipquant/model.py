@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clipquant.artifact import load_state, save_artifact, serialize
+from clipquant.artifact import load_state, read_artifact, save_artifact, serialize
+from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
 from clipquant.quant.layers import Globs
 from clipquant.quant.model import QuantizedWeights, check_method, quantize_weights
 from clipquant.quant.spec import Granularity
@@ -148,3 +150,28 @@ def make_report(weights: QuantizedWeights, model: nn.Module) -> QuantizationRepo
         environment=environment(),
     )
     return replace(report, size_bytes=len(serialize(weights, describe(report))))
+
+
+def to_compressed_tensors(path: str | Path, out: str | Path) -> PackQuantized:
+    """Write an artifact's Linear layers in the layout that the compressed-tensors package reads.
+
+    Codes and scales are kept. What the layout cannot hold, such as convolutions, is written
+    dequantized, and a warning names it.
+
+    Args:
+        path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
+        out: Folder for `model.safetensors` and `config.json`.
+
+    Returns:
+        What was packed, and what was not and why.
+
+    Raises:
+        ArtifactError: If the file is missing, damaged or of a newer format.
+        ExportError: If no weight fits the layout.
+        OSError: If the folder cannot be written.
+    """
+    written = to_pack_quantized(read_artifact(path).weights, out)
+    if written.dense:
+        said = ", ".join(f"{name} ({why})" for name, why in written.dense.items())
+        warnings.warn(f"{out}: written dequantized: {said}.", stacklevel=2)
+    return written

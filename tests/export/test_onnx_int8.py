@@ -144,6 +144,14 @@ def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):
     assert record.latency["batch 1, ratio"] == 2.0
 
 
+def test_batches_of_different_sizes_calibrate(model, tmp_path):
+    short = [*batches(2), batches()[0].rows(0, 3)]
+    record = export_onnx_int8(
+        model, quantize_weights(model, 8), short[0], tmp_path / "a.onnx", calibration=short
+    )
+    assert record.difference < 0.1
+
+
 def test_no_calibration_data_is_refused(model, tmp_path):
     with pytest.raises(ExportError, match="needs calibration data"):
         export_onnx_int8(

@@ -59,6 +59,11 @@ class Example:
 
         return self.map(resize)
 
+    def rows(self, start: int, stop: int) -> Example:
+        """Return the example with rows `start` to `stop` of each batched tensor."""
+        batch = self.batch_size
+        return self.map(lambda t: t[start:stop] if t.dim() and t.shape[0] == batch else t)
+
     def run(self, model: nn.Module) -> Any:
         """Return the model's outputs, without gradients."""
         with torch.no_grad():

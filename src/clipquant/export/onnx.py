@@ -120,6 +120,21 @@ def open_session(file: bytes | str | Path, threads: int | None = None) -> ort.In
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+def open_any(file: str | Path, threads: int | None = None) -> ort.InferenceSession:
+    """Return a session that suits a file: computing in int8 where it quantizes activations."""
+    import onnx
+    import onnxruntime as ort
+
+    graph = onnx.load(file).graph
+    if not any(node.op_type == "QuantizeLinear" for node in graph.node):
+        return open_session(file, threads)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
 def feeds(session: ort.InferenceSession, example: Example) -> dict[str, np.ndarray]:
     """Return a call's tensors under the names of a session's inputs, in their order."""
     arrays = [tensor.detach().cpu().numpy() for tensor in example.tensors]

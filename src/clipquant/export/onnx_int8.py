@@ -218,18 +218,23 @@ def _quantize(
     from onnxruntime.quantization.calibrate import create_calibrator
 
     target = source.with_name(f"{method}.onnx")
+    session = open_session_int8(source)
+    given = [feeds(session, batch) for batch in batches]
     with quiet():
         calibrator = create_calibrator(
             source,
             augmented_model_path=str(target.with_suffix(".augmented")),
             calibrate_method=CalibrationMethod[method],
         )
-        calibrator.collect_data(_reader(source, batches))
+        for (
+            fed
+        ) in given:  # one at a time: the collectors stack the batches of a call, which may differ
+            calibrator.collect_data(_reader([fed]))
         ranges = calibrator.compute_data()
         quantize_static(
             source,
             target,
-            _reader(source, batches[:1]),  # names what is calibrated; the ranges are given
+            _reader(given[:1]),  # names what is calibrated; the ranges are given
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -243,18 +248,16 @@ def _quantize(
     return target.read_bytes()
 
 
-def _reader(source: Path, batches: Sequence[Example]) -> Any:
+def _reader(given: Sequence[Mapping[str, np.ndarray]]) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
-
-    session = open_session_int8(source)
 
     class Batches(CalibrationDataReader):  # type: ignore[misc]
         """The batches, once."""
 
         def __init__(self) -> None:
-            self.rest = iter([feeds(session, batch) for batch in batches])
+            self.rest = iter(given)
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        def get_next(self) -> Mapping[str, np.ndarray] | None:
             return next(self.rest, None)
 
     return Batches()
