@@ -1,7 +1,7 @@
 """What each export of a trained network weighs, gets right and takes: the table in README's Deploy section.
 
 Usage: python benchmarks/export.py CHECKPOINT, a state dict of TwoConvNet trained on Fashion-MNIST. Latencies are
-medians of 100 interleaved calls on two threads.
+medians of 50 interleaved calls on one thread.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from clipquant.export.onnx_int8 import open_session_int8, runner
 from clipquant.quant.model import quantize_weights
 from clipquant.reference import FashionMNIST, TwoConvNet
 
-THREADS = 2
+THREADS = 1
 BATCHES = (1, 32)
 
 
@@ -106,7 +106,7 @@ def measure(rows, outputs, images, labels):
             right[name] = accuracy(forward, images, labels)
         for batch in BATCHES:
             calls = {name: caller(what, images[:batch]) for name, what in own.items()}
-            for name, ms in interleaved_medians(calls, 100).items():
+            for name, ms in interleaved_medians(calls).items():
                 medians[name, batch] = ms
     return right, medians
 
