@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clipquant import QuantizeOnFitEnd, load_quantized, quantize
 from clipquant.budget import BudgetError, size_in_bytes
+from clipquant.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +197,22 @@ def test_what_cannot_be_judged_is_refused_before_training(problem: Any, tmp_path
     fit(problem, sized, tmp_path, val=False)
     assert sized.report is not None
     assert sized.report.size_bytes <= 7000
+
+
+def test_the_command_line_reports_and_compares_from_files_alone(
+    problem: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, score = problem
+    auto = quantize(model, "auto", max_size=6000, data=data, score=score).save(
+        tmp_path / "a.safetensors"
+    )
+    plain = quantize(model, 8).save(tmp_path / "b.safetensors")
+    assert main(["report", str(auto)]) == 0
+    out = capsys.readouterr().out
+    assert "Budget met" in out
+    assert "score (monitored)" in out
+    assert main(["report", str(auto), "--html", str(tmp_path / "a.html")]) == 0
+    assert "The search for the budget" in (tmp_path / "a.html").read_text()
+    assert main(["compare", str(auto), str(plain)]) == 0
+    assert f"{plain.stat().st_size:,}" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "none")]) == 1
