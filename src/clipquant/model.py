@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from clipquant.artifact import load_state, read_artifact, save_artifact, serialize
 from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
+from clipquant.quant.calibrate import Progress
 from clipquant.quant.layers import Globs
-from clipquant.quant.model import QuantizedWeights, check_method, quantize_weights
+from clipquant.quant.model import QuantizedWeights, quantize_weights
+from clipquant.quant.observe import Forward, calibration_data, call_model
 from clipquant.quant.spec import Granularity
 from clipquant.report.files import environment
 from clipquant.report.layers import bits_per_weight, layer_records
@@ -89,6 +91,9 @@ def quantize(
     exclude: Globs = None,
     overrides: Mapping[str, int] | None = None,
     data: Iterable[Any] | None = None,
+    calibration_batches: int = 16,
+    forward: Forward = call_model,
+    progress: Progress | None = None,
     score: Callable[[nn.Module], float] | None = None,
 ) -> QuantizedModel:
     """Return `model` quantized; `model` itself is never touched.
@@ -99,11 +104,17 @@ def quantize(
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
-        method: "rtn", round to nearest on the min-max grid.
+        method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range;
+            "gptq" and "adaround", codes that keep the layers' outputs on `data`; "auto", the best of
+            them for the width and the data.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights.
-        data: Calibration inputs: an iterable of tensors, tuples or dicts.
+        data: Calibration inputs, without need of labels: an iterable of tensors, of tuples (positional
+            arguments; those beyond what `forward` takes are left out) or of dicts (keywords).
+        calibration_batches: How many batches of `data` to use; 0: data-free.
+        forward: Runs a copy of the model on a batch, where calling it is not enough.
+        progress: Told the weight's name, the steps done and the steps in all, before each step.
         score: Returns a figure of merit of a model.
 
     Returns:
@@ -116,7 +127,6 @@ def quantize(
     >>> quantized.report.layers[0].bits
     4.0
     """
-    check_method(method)
     weights = quantize_weights(
         model,
         bits,
@@ -126,6 +136,10 @@ def quantize(
         include=include,
         exclude=exclude,
         overrides=overrides,
+        method=method,
+        batches=None if data is None else calibration_data(data, calibration_batches),
+        forward=forward,
+        progress=progress,
     )
     quantized = QuantizedModel(weights, make_report(weights, model))
     if score is None:
