@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
 
-from clipquant.callbacks.evaluate import copy_module, dataloaders, judge
+from clipquant.callbacks.calibration import train_batches
+from clipquant.callbacks.evaluate import copy_module, judge
 from clipquant.export import (
     Example,
     ExportError,
@@ -79,7 +79,7 @@ def export_files(
     for name in formats:
         try:
             module = copy_module(module).eval()
-            example = find_example(module, next(_batches(trainer), None))
+            example = find_example(module, next(train_batches(trainer), None))
             record = _export(
                 name, trainer, module, quantized, example, folder / FILES[name],
                 calibration_batches, max_drop,
@@ -107,7 +107,7 @@ def _export(
     if name != "onnx-int8":
         write = export_pt2 if name == "pt2" else export_onnx
         return write(module, weights, example, path)
-    batches = islice(_batches(trainer), calibration_batches)
+    batches = islice(train_batches(trainer), calibration_batches)
     calls = [find_example(module, batch, own=False) for batch in batches]
     judge_forward = _judge(trainer, module, quantized.report)
     return export_onnx_int8(
@@ -145,13 +145,3 @@ def _measure(
     guest = copy_module(module)
     guest.forward = counted  # type: ignore[method-assign]
     return dict(judge(trainer, guest).metrics), bool(calls)
-
-
-def _batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """Yield batches of the train data, or of the validation data where there are none, on the CPU."""
-    for stage in ("train", "val"):
-        loaders = dataloaders(trainer, stage)
-        if loaders is not None:
-            for batch, _, _ in iter(CombinedLoader(loaders, "sequential")):
-                yield move_data_to_device(batch, "cpu")
-            return

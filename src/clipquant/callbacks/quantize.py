@@ -18,11 +18,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from clipquant.artifact import read_metadata
 from clipquant.budget import BudgetError
 from clipquant.callbacks.auto import choose_bits
+from clipquant.callbacks.calibration import calibration_batches as take_batches
+from clipquant.callbacks.calibration import step_forward
 from clipquant.callbacks.evaluate import Judgement, copy_module, judge, validation_data
 from clipquant.callbacks.export import check_formats, check_installed, export_files
 from clipquant.model import AutoBits, QuantizedModel, check_auto, quantize
 from clipquant.quant.layers import select
-from clipquant.quant.model import check_method, specs_for
+from clipquant.quant.model import CALIBRATED, check_method, method_for, specs_for
 from clipquant.quant.spec import QuantSpec
 from clipquant.report.files import write_report
 from clipquant.report.record import Latency, QuantizationReport
@@ -42,7 +44,8 @@ class QuantizeOnFitEnd(pl.Callback):
         levels: Number of steps of the grid, instead of `2**bits - 1`.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
-        method: "rtn", round to nearest on the min-max grid.
+        method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range; "gptq",
+            codes that keep the layers' outputs on train batches; "auto", the best for the width.
         calibration_batches: How many batches of the train dataloader calibrate; 0: data-free.
         max_drop: Most that the monitored metric may lose, in its own units; needs bits="auto".
         max_size: Most bytes of the file: a number, a fraction of the fp32 size, or "300kB"; needs
@@ -80,7 +83,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         levels: int | None = None,
         symmetric: bool | None = None,
         granularity: Literal["tensor", "channel"] | int = "channel",
-        method: Literal["auto", "rtn", "mse", "hqq", "gptq", "adaround"] = "auto",
+        method: Literal["auto", "rtn", "mse", "hqq", "gptq"] = "auto",
         calibration_batches: int = 16,
         max_drop: float | None = None,
         max_size: int | float | str | None = None,  # noqa: PYI041 - an int is bytes, a float a share
@@ -103,6 +106,11 @@ bits='auto' with max_drop or max_size to have it chosen.
             raise ValueError(
                 "calibration_batches must be a whole number, 0 or more; got "
                 f"{calibration_batches!r}. 0 quantizes without data."
+            )
+        if method in CALIBRATED and calibration_batches == 0:
+            raise ValueError(
+                f"method={method!r} calibrates on train batches; got calibration_batches=0. "
+                "Set it to 1 or more, or choose 'rtn', 'mse' or 'hqq'."
             )
         self.export = check_formats(export, calibration_batches)
         self.calibration_batches, self.max_drop = calibration_batches, max_drop
@@ -187,7 +195,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         if self.auto:
             quantized, after = self._quantize_auto(trainer, module, before, (monitor, mode))
         else:
-            quantized = self._quantize_plain(module)
+            quantized = self._quantize_plain(trainer, module)
             after = judge(trainer, module, quantized.state_dict())
             quantized = quantized.reported(
                 float_metrics=before.metrics,
@@ -220,8 +228,18 @@ bits='auto' with max_drop or max_size to have it chosen.
         print_summary(self.report)
         return replace(quantized, report=self.report)
 
-    def _quantize_plain(self, module: pl.LightningModule) -> QuantizedModel:
-        return quantize(
+    def _calibration(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[Any] | None:
+        """Return train batches where a weight's method asks for them; None where none does."""
+        targets = select(module, self.include, self.exclude).targets
+        specs = specs_for(targets, self.spec, self.overrides).values()
+        chosen = {method_for(self.method, spec, data=True) for spec in specs}
+        if self.calibration_batches == 0 or not chosen & set(CALIBRATED):
+            return None
+        return take_batches(trainer, self.calibration_batches)
+
+    def _quantize_plain(self, trainer: pl.Trainer, module: pl.LightningModule) -> QuantizedModel:
+        data = self._calibration(trainer, module)
+        quantized = quantize(
             module,
             self.spec.bits,
             levels=self.spec.levels,
@@ -231,7 +249,14 @@ bits='auto' with max_drop or max_size to have it chosen.
             include=self.include,
             exclude=self.exclude,
             overrides=self.overrides,
+            data=data,
+            calibration_batches=self.calibration_batches,
+            forward=step_forward(trainer, module),
         )
+        if data is None:
+            return quantized
+        said = f"{len(data)} batches of the train dataloader"
+        return quantized.reported(calibration=said)
 
     def _quantize_auto(
         self,
