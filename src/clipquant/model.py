@@ -28,7 +28,7 @@ from clipquant.quant.model import (
     specs_for,
 )
 from clipquant.quant.observe import Forward, calibration_data, call_model
-from clipquant.quant.sensitivity import output_divergence, run_batch, squared_gradients
+from clipquant.quant.sensitivity import output_divergence, squared_gradients
 from clipquant.quant.spec import Granularity, QuantSpec
 from clipquant.report.files import environment
 from clipquant.report.layers import bits_per_weight, layer_records
@@ -301,7 +301,7 @@ def _auto_data(data: Iterable[Any] | None) -> list[Any]:
 
 def _divergence() -> Callable[[nn.Module, Any], tuple[Tensor, int]]:
     generator = torch.Generator().manual_seed(0)
-    return lambda model, batch: output_divergence(run_batch(model, batch), generator)
+    return lambda model, batch: output_divergence(call_model(model, batch), generator)
 
 
 def _judge_of(

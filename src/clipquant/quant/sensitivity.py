@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -77,21 +76,6 @@ def _check_loss(value: Tensor, number: int) -> None:
             f"the loss of calibration batch {number} is {float(value)}: sensitivities need finite "
             "losses. Check the batch and the weights."
         )
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Return the model's output for a batch: a dict is keywords, a tuple or list positions.
-
-    >>> run_batch(nn.Linear(2, 1), (torch.ones(1, 2),)).shape
-    torch.Size([1, 1])
-    """
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-        several = inspect.Parameter.VAR_POSITIONAL in kinds
-        return model(*(batch if several else batch[: len(kinds)]))
-    return model(batch)
 
 
 def output_divergence(output: Any, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
