@@ -20,6 +20,7 @@ from clipquant.quant.patches import Reader, patches, reader_of
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 HESSIAN_LIMIT = 1 << 30  # bytes of one weight's second moments; above, only their diagonal is kept
+_POSITIONS = 4096  # of one chunk of patches: neighbours in an image say nearly the same
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class _Sums:
         n = self.count
         hessian = self.hessian.div_(n)
         if not self.full:
-            self.goal = self.matrix.reshape(self.goal.shape) * hessian[:, None] * n
+            weight = self.matrix.reshape(self.goal.shape)
+            self.goal = weight * hessian[:, None] * n
+            self.energy = (self.goal * weight).sum(2)
         return Moments(hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n)
 
 
@@ -277,10 +280,18 @@ def observe(
         for name, found in others.items():
             pairs = zip(found, floats.get(name, ()), strict=False)
             for (place, x), (_, f) in pairs:
-                rows = zip(patches(place, x), patches(place, f), strict=True)
-                for a, b in rows:
-                    sums[name].add_(a, b)
+                for a, b in zip(patches(place, x), patches(place, f), strict=True):
+                    sums[name].add_(*_thinned(a, b))
     return {name: s.result() for name, s in sums.items() if s.count}
+
+
+def _thinned(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same evenly spaced positions of both, no more than a chunk can need."""
+    most = max(_POSITIONS, 2 * x.shape[2])
+    every = max(x.shape[1] // most, 1)
+    if every % 2 == 0:
+        every += 1  # an odd stride meets every column of an even-sized image
+    return x[:, ::every], f[:, ::every]
 
 
 def _inputs(
