@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.grid import dequantize_rows
+from clipquant.quant.grid import dequantize, dequantize_rows
 from clipquant.quant.layers import Target
-from clipquant.quant.observe import Forward, Moments, Use, call_model, observe, twin, uses, watches_of
+from clipquant.quant.observe import (
+    Forward,
+    Moments,
+    Use,
+    call_model,
+    observe,
+    twin,
+    uses,
+    watches_of,
+)
 from clipquant.quant.solve import Solution, solve, solve_free
-from clipquant.quant.spec import QuantSpec
+from clipquant.quant.spec import QuantizedTensor, QuantSpec
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # weight's name, steps done, steps in all
 
@@ -42,8 +52,9 @@ def calibrate(
     targets: Sequence[Target],
     specs: Mapping[str, QuantSpec],
     batches: Sequence[Any],
-    method: str = "gptq",
+    methods: Mapping[str, str],
     *,
+    fixed: Mapping[str, QuantizedTensor] | None = None,
     forward: Forward = call_model,
     progress: Progress | None = None,
 ) -> Calibrated:
@@ -58,7 +69,8 @@ def calibrate(
         targets: Its weights to quantize.
         specs: Name of a weight -> its grid.
         batches: Calibration inputs.
-        method: "gptq" or "adaround".
+        methods: Name of a weight -> "gptq" or "adaround".
+        fixed: Weights quantized already, by state-dict key.
         forward: Runs a model on a batch.
         progress: Told before each step.
 
@@ -72,7 +84,9 @@ def calibrate(
     exact, rounded = twin(model), twin(model)
     own = {t.name: t for t in targets}
     seen = _seen(exact, targets, batches, forward)
-    run = _Run(exact, rounded, specs, method, {}, {}, {})
+    run = _Run(exact, rounded, specs, methods, {}, {}, {})
+    for name, tensor in (fixed or {}).items():
+        run.hold_(name, dequantize(tensor))
     steps = list(_steps(own, seen))
     free = [name for name in own if name not in seen]
     for name in free:
@@ -95,7 +109,7 @@ class _Run:
     exact: nn.Module
     rounded: nn.Module
     specs: Mapping[str, QuantSpec]
-    method: str
+    methods: Mapping[str, str]
     solutions: dict[str, Solution]
     biases: dict[str, Tensor]
     notes: dict[str, list[str]]
@@ -118,7 +132,6 @@ class _Run:
             matrix,
             self.specs[target.name],
             moments,
-            self.method,
             centred=bias is not None,
             start=None if before is None else (before.codes, before.grid),
         )
@@ -130,7 +143,15 @@ class _Run:
         self.solutions[target.name] = found
         matrix = dequantize_rows(found.codes, found.grid)
         weight = target.layout.unfold(matrix).to(target.weight.dtype).contiguous()
-        _assign(self.rounded, target.weight, weight, _holders(self.exact, target.weight))
+        self.hold_(target.name, weight)
+
+    def hold_(self, name: str, value: Tensor) -> None:
+        """Put a tensor wherever the network holds the one of that name."""
+        path, _, attribute = name.rpartition(".")
+        old = getattr(self.exact.get_submodule(path), attribute)
+        parameter = nn.Parameter(value, requires_grad=False)
+        for place, key in _holders(self.exact, old):
+            self.rounded.get_submodule(place)._parameters[key] = parameter
 
     def _correct_(self, target: Target, bias: str, found: Solution, moments: Moments) -> None:
         """Give the bias what makes the mean output that of the float network."""
@@ -140,7 +161,7 @@ class _Run:
         shift = moments.output - torch.einsum("grc,gc->gr", values, moments.mean)
         new = (old + shift.reshape(-1)).to(old.dtype).detach()
         self.biases[path] = new
-        _assign(self.rounded, old, new, _holders(self.exact, old))
+        self.hold_(path, new)
 
 
 def _seen(
@@ -178,8 +199,8 @@ def _steps(own: Mapping[str, Target], seen: Mapping[str, Use]) -> Iterator[list[
             groups[-1].append(own[name])
         else:
             groups.append([own[name]])
-    size = -(-len(groups) // MOST_PASSES)
-    merged = [sum(groups[i : i + size], []) for i in range(0, len(groups), size)]
+    size = max(-(-len(groups) // MOST_PASSES), 1)
+    merged = [list(chain(*groups[i : i + size])) for i in range(0, len(groups), size)]
     yield from merged
     for group in merged:
         again = [t for t in group if seen[t.name].calls > 1]
@@ -208,7 +229,11 @@ def _is_lookup(model: nn.Module, target: Target) -> bool:
 
 def _with_lookup(moments: Moments, matrix: Tensor) -> Moments:
     """Return the moments of a weight that is also looked up: there its own error counts as much."""
-    pull = moments.hessian.diagonal(dim1=1, dim2=2).mean() if moments.hessian.dim() == 3 else moments.hessian.mean()
+    pull = (
+        moments.hessian.diagonal(dim1=1, dim2=2).mean()
+        if moments.hessian.dim() == 3
+        else moments.hessian.mean()
+    )
     weight = matrix.float()[None]
     eye = torch.eye(matrix.shape[1]) if moments.hessian.dim() == 3 else torch.ones(matrix.shape[1])
     return replace(
@@ -227,10 +252,3 @@ def _holders(model: nn.Module, tensor: Tensor) -> list[tuple[str, str]]:
         for name, held in module._parameters.items()
         if held is tensor
     ]
-
-
-def _assign(model: nn.Module, old: Tensor, new: Tensor, places: list[tuple[str, str]]) -> None:
-    """Put a tensor in the places of another, leaving what the models share as it is."""
-    parameter = nn.Parameter(new, requires_grad=False)
-    for path, name in places:
-        model.get_submodule(path)._parameters[name] = parameter

@@ -95,7 +95,9 @@ def plan_walk(error: OutputError) -> Walk:
             break
         damping = max(10 * damping, 1e-4)
         if not damping < 1e4:
-            raise ValueError("the inputs' second moments cannot be factored: they hold NaN or infinity.")
+            raise ValueError(
+                "the inputs' second moments cannot be factored: they hold NaN or infinity."
+            )
         hessian.diagonal().add_(damping * error.hessian.diagonal().mean())
     wanted = torch.cholesky_solve(error.goal[:, order].T, lower).T
     return Walk(order, lower.div_(lower.diagonal().clone()), wanted)
@@ -246,7 +248,7 @@ def descend(hessian: Tensor, slope: Tensor, codes: Tensor, grid: Grid) -> tuple[
         grid: Their grid.
     """
     rows, columns = codes.shape
-    scale, zero, top = _spread(grid, rows, columns, hessian.dtype)
+    scale, _, top = _spread(grid, rows, columns, hessian.dtype)
     current, slope = codes.T.to(hessian.dtype).contiguous(), slope.T.contiguous()
     curve = hessian.diagonal()[:, None] * scale
     rate = torch.where(curve > 0, 1 / curve, 0.0)

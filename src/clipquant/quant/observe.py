@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.quant.layers import Target, weights_of
-from clipquant.quant.patches import Reader, patches, reader_of
+from clipquant.quant.patches import Reader, heads_output, patches, reader_of
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -61,7 +61,9 @@ class _Sums:
         weight = self.matrix.reshape(groups, -1, columns)
         if not self.count:
             self.full = groups * columns * columns * 4 <= self.limit
-            self.hessian = x.new_zeros(groups, columns, columns) if self.full else x.new_zeros(groups, columns)
+            self.hessian = (
+                x.new_zeros(groups, columns, columns) if self.full else x.new_zeros(groups, columns)
+            )
             self.goal = torch.zeros_like(weight)
             self.energy, self.output = x.new_zeros(2, *weight.shape[:2])
             self.mean = x.new_zeros(groups, columns)
@@ -83,7 +85,9 @@ class _Sums:
             weight = self.matrix.reshape(self.goal.shape)
             self.goal = weight * hessian[:, None] * n
             self.energy = (self.goal * weight).sum(2)
-        return Moments(hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n)
+        return Moments(
+            hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n
+        )
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,21 @@ class Use:
     calls: int
 
 
-def first_batches(data: Iterable[Any], count: int) -> list[Any]:
+def calibration_data(data: Iterable[Any], count: int) -> list[Any]:
     """Return the first `count` batches of `data`, which may be endless.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, though some were asked for.
         RuntimeError: If the loader raises, naming the batch.
 
-    >>> first_batches(iter([1, 2, 3]), 2)
+    >>> calibration_data(iter([1, 2, 3]), 2)
     [1, 2]
     """
+    if count != int(count) or count < 0:
+        raise ValueError(f"calibration_batches must be a whole number, 0 or more; got {count!r}.")
     batches: list[Any] = []
+    if count == 0:
+        return batches
     try:
         batches.extend(islice(iter(data), count))
     except Exception as error:
@@ -141,7 +149,9 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     """
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, (tuple, list)) and not isinstance(batch, torch.nn.utils.rnn.PackedSequence):
+    if isinstance(batch, (tuple, list)) and not isinstance(
+        batch, torch.nn.utils.rnn.PackedSequence
+    ):
         return model(*batch[: _accepted(model)])
     return model(batch)
 
@@ -182,7 +192,7 @@ def watches_of(model: nn.Module, target: Target) -> tuple[list[Watch], list[str]
         if isinstance(read, str):
             reasons.append(read)
         else:
-            watches.append(Watch(parent or place.module, place, read))
+            watches.append(Watch(place.module if parent is None else parent, place, read))
     return watches, reasons
 
 
@@ -201,7 +211,7 @@ def _hooked(watches: Sequence[Watch], see: Callable[[int, Tensor], None]) -> Ite
     """Call `see(index of the watch, inputs)` at every call of a watched module."""
     busy = False
 
-    def hook(index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def hook(index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal busy
         if busy:
             return
@@ -242,7 +252,11 @@ def uses(
         alive.append(value)
         key = (value.data_ptr(), value._version, *value.shape)
         seen = found.get(name)
-        found[name] = Use(len(found), key, 1) if seen is None else Use(seen.order, seen.inputs, seen.calls + 1)
+        found[name] = (
+            Use(len(found), key, 1)
+            if seen is None
+            else Use(seen.order, seen.inputs, seen.calls + 1)
+        )
 
     with _hooked([w for _, w in watches], see):
         forward(model, batch)

@@ -58,13 +58,12 @@ def _tensor(value: Any) -> Tensor:
 def _attention_input(name: str, call: Call) -> Tensor:
     args, kwargs, _ = call
     q, k, v = (
-        args[i] if i < len(args) else kwargs[key]
-        for i, key in enumerate(("query", "key", "value"))
+        args[i] if i < len(args) else kwargs[key] for i, key in enumerate(("query", "key", "value"))
     )
     if name == "in_proj_weight":
         same = q is k and k is v
-        return q[None] if same else _ragged(q, k, v)
-    return {"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}[name]
+        return _tensor(q)[None] if same else _ragged(q, k, v)
+    return _tensor({"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}[name])
 
 
 def _ragged(*inputs: Tensor) -> Tensor:
@@ -153,25 +152,27 @@ def patches(target: Target, value: Tensor) -> Iterator[Tensor]:
         yield _unfold(image, module.kernel_size, stride, module.dilation, module.groups, flip)
 
 
-def _pad(module: nn.Module, x: Tensor) -> Tensor:
-    pads = list(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+def _pad(module: Any, x: Tensor) -> Tensor:
+    pads = list(module._reversed_padding_repeated_twice)
     mode = str(module.padding_mode)
     return F.pad(x.float(), pads, "constant" if mode == "zeros" else mode)
 
 
-def _stretch(module: nn.Module, x: Tensor) -> Tensor:
+def _stretch(module: Any, x: Tensor) -> Tensor:
     """Return the image on which a transposed convolution is a plain one with a flipped kernel."""
     out = x.float()
     pads: list[int] = []
-    kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+    kernel: tuple[int, ...] = module.kernel_size
     for d in range(len(kernel)):
-        stride, axis = module.stride[d], d + 2  # type: ignore[index]
+        stride, axis = module.stride[d], d + 2
         if stride > 1:
-            wide = out.new_zeros(*out.shape[:axis], (out.shape[axis] - 1) * stride + 1, *out.shape[axis + 1 :])
+            wide = out.new_zeros(
+                *out.shape[:axis], (out.shape[axis] - 1) * stride + 1, *out.shape[axis + 1 :]
+            )
             wide[(slice(None),) * axis + (slice(None, None, stride),)] = out
             out = wide
-        edge = module.dilation[d] * (kernel[d] - 1) - module.padding[d]  # type: ignore[index]
-        pads = [edge, edge + module.output_padding[d], *pads]  # type: ignore[index]
+        edge = module.dilation[d] * (kernel[d] - 1) - module.padding[d]
+        pads = [edge, edge + module.output_padding[d], *pads]
     return F.pad(out, pads)
 
 

@@ -123,8 +123,8 @@ def shrunk_grid(matrix: Tensor, spec: QuantSpec, factor: float) -> Grid:
     """
     low, high = extremes(matrix, spec)
     constant = low == high
-    ends = (torch.where(constant, end, end * factor) for end in (low, high))
-    return narrow(grid_between(*ends, spec, matrix.shape[1]), constant)
+    low, high = (torch.where(constant, end, end * factor) for end in (low, high))
+    return narrow(grid_between(low, high, spec, matrix.shape[1]), constant)
 
 
 def mse_grid(matrix: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> Grid:
@@ -145,17 +145,15 @@ def mse_grid(matrix: Tensor, spec: QuantSpec, weight: Tensor | None = None) -> G
     low, high = extremes(matrix, spec)
     constant = low == high
     best = torch.full_like(low, torch.inf)
-    ends = low, high
+    first, last = low, high
     for factor in SHRINK:
         grid = grid_between(low * factor, high * factor, spec, matrix.shape[1])
         found = _group_error(matrix, grid, weight, spec)
         better = (found < best) & ~constant
         best = torch.where(better, found, best)
-        ends = (
-            torch.where(better, low * factor, ends[0]),
-            torch.where(better, high * factor, ends[1]),
-        )
-    return narrow(grid_between(*ends, spec, matrix.shape[1]), constant)
+        first = torch.where(better, low * factor, first)
+        last = torch.where(better, high * factor, last)
+    return narrow(grid_between(first, last, spec, matrix.shape[1]), constant)
 
 
 def _group_error(matrix: Tensor, grid: Grid, weight: Tensor | None, spec: QuantSpec) -> Tensor:

@@ -17,7 +17,11 @@ from clipquant.quant.spec import QuantSpec
 DAMPING = 0.01
 
 # How far the ends of a min-max range are drawn in for GPTQ to try: the fewer codes, the further.
-_DRAWN_IN = {1: (0.9, 0.7, 0.6, 0.5, 0.4, 0.3), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (1.0, 0.9, 0.8, 0.7, 0.6)}
+_DRAWN_IN = {
+    1: (0.9, 0.7, 0.6, 0.5, 0.4, 0.3),
+    2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+    3: (1.0, 0.9, 0.8, 0.7, 0.6),
+}
 _FINE = (1.0, 0.95, 0.9, 0.8)
 
 
@@ -72,7 +76,6 @@ def solve(
     matrix: Tensor,
     spec: QuantSpec,
     moments: Moments,
-    method: str = "gptq",
     *,
     centred: bool,
     start: tuple[Tensor, Grid] | None = None,
