@@ -181,8 +181,8 @@ def hqq_grid(matrix: Tensor, spec: QuantSpec) -> Grid:
     Source:
         Badri and Shaji 2023, "Half-Quadratic Quantization": p = 0.7, beta = 10, kappa = 1.01, 20 steps.
 
-    >>> hqq_grid(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), QuantSpec(bits=2)).zero
-    tensor([[0.]])
+    >>> hqq_grid(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), QuantSpec(bits=2)).scale
+    tensor([[1.]])
     """
     if spec.symmetric:
         return mse_grid(matrix, spec)
