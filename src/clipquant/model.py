@@ -18,6 +18,7 @@ from clipquant.artifact import load_state, read_artifact, save_artifact, seriali
 from clipquant.budget import Goal, check_budget, meet, missed_size, size_in_bytes
 from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
 from clipquant.quant.auto import allocator
+from clipquant.quant.calibrate import Progress
 from clipquant.quant.layers import Globs, Target, select
 from clipquant.quant.model import (
     QuantizedWeights,
@@ -26,6 +27,7 @@ from clipquant.quant.model import (
     quantize_weights,
     specs_for,
 )
+from clipquant.quant.observe import Forward, calibration_data, call_model
 from clipquant.quant.sensitivity import output_divergence, run_batch, squared_gradients
 from clipquant.quant.spec import Granularity, QuantSpec
 from clipquant.report.files import environment
@@ -108,6 +110,9 @@ def quantize(
     max_drop: float | None = None,
     max_size: int | float | str | None = None,  # noqa: PYI041 - an int is bytes, a float a share
     data: Iterable[Any] | None = None,
+    calibration_batches: int = 16,
+    forward: Forward = call_model,
+    progress: Progress | None = None,
     score: Callable[[nn.Module], float] | None = None,
 ) -> QuantizedModel:
     """Return `model` quantized; `model` itself is never touched.
@@ -118,14 +123,20 @@ def quantize(
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
-        method: "rtn", round to nearest on the min-max grid.
+        method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range;
+            "gptq" and "adaround", codes that keep the layers' outputs on `data`; "auto", the best of
+            them for the width and the data.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights.
         max_drop: With bits="auto": most that the score may lose.
         max_size: With bits="auto": most bytes of the file: a number, a fraction of the float size, or
             "300kB".
-        data: Calibration inputs: an iterable of tensors, tuples or dicts. Needed by bits="auto".
+        data: Calibration inputs, without need of labels: an iterable of tensors, of tuples (positional
+            arguments; those beyond what `forward` takes are left out) or of dicts (keywords).
+        calibration_batches: How many batches of `data` to use; 0: data-free.
+        forward: Runs a copy of the model on a batch, where calling it is not enough.
+        progress: Told the weight's name, the steps done and the steps in all, before each step.
         score: Returns a figure of merit of a model, higher is better.
 
     Returns:
@@ -165,6 +176,10 @@ def quantize(
         include=include,
         exclude=exclude,
         overrides=overrides,
+        method=method,
+        batches=None if data is None else calibration_data(data, calibration_batches),
+        forward=forward,
+        progress=progress,
     )
     quantized = QuantizedModel(weights, make_report(weights, model))
     if score is None:

@@ -180,7 +180,7 @@ def packed_copy(model: nn.Module, weights: QuantizedWeights) -> nn.Module:
     >>> packed_copy(layer, quantize_weights(layer, bits=4))
     PackedLinear(
       in_features=8, out_features=4, bias=True
-      (packed_weight): PackedWeight((4, 8), 4 rows of 4 bits, rtn)
+      (packed_weight): PackedWeight((4, 8), 4 rows of 4 bits, mse)
     )
     """
     copied = copy.deepcopy(model).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,12 +32,15 @@ def layer_records(
         sensitivities: State-dict key -> expected increase of the loss.
     """
     return tuple(
-        layer_record(
-            name,
-            tensor,
-            sqnr_db(originals[name], dequantize(tensor)),
-            (sensitivities or {}).get(name),
-            histogram(originals[name], tensor),
+        replace(
+            layer_record(
+                name,
+                tensor,
+                sqnr_db(originals[name], dequantize(tensor)),
+                (sensitivities or {}).get(name),
+                histogram(originals[name], tensor),
+            ),
+            note=weights.notes.get(name, ""),
         )
         for name, tensor in weights.tensors.items()
     )
