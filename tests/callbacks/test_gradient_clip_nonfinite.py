@@ -31,7 +31,9 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 class Model(BoringModel):
     """Linear(32, 2) whose gradients are multiplied by `factors[step]` in backward."""
 
-    def __init__(self, factors: list[float], optimizer: str = "SGD", settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, factors: list[float], optimizer: str = "SGD", settings: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.factors, self.optimizer_name, self.settings = factors, optimizer, settings or {}
         self.states: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -43,7 +45,12 @@ class Model(BoringModel):
         return getattr(torch.optim, self.optimizer_name)(self.parameters(), lr=0.1, **self.settings)
 
     def on_train_batch_end(self, *args: object) -> None:
-        self.states.append((copy.deepcopy(self.state_dict()), copy.deepcopy(self.optimizers().state_dict()["state"])))
+        self.states.append(
+            (
+                copy.deepcopy(self.state_dict()),
+                copy.deepcopy(self.optimizers().state_dict()["state"]),
+            )
+        )
 
 
 def fit(model: pl.LightningModule, callback: pl.Callback, **settings: Any) -> pl.Trainer:
@@ -65,7 +72,10 @@ def fit(model: pl.LightningModule, callback: pl.Callback, **settings: Any) -> pl
 
 def flat(states: tuple[dict[str, Any], dict[Any, Any]]) -> list[Tensor]:
     weights, moments = states
-    return [*weights.values(), *(v for entry in moments.values() for v in entry.values() if torch.is_tensor(v))]
+    return [
+        *weights.values(),
+        *(v for entry in moments.values() for v in entry.values() if torch.is_tensor(v)),
+    ]
 
 
 @pytest.mark.parametrize("rule", [1.0, Norm(1.0)], ids=["value", "norm"])
@@ -109,7 +119,9 @@ def test_zero_replaces_only_the_non_finite_elements() -> None:
 
 
 def test_raise_names_the_parameters() -> None:
-    with pytest.raises(FloatingPointError, match=r"NaN or infinite gradients in layer\.weight, layer\.bias"):
+    with pytest.raises(
+        FloatingPointError, match=r"NaN or infinite gradients in layer\.weight, layer\.bias"
+    ):
         fit(Model([float("nan")]), GradientClipCallback(on_nonfinite="raise"))
 
 
@@ -122,7 +134,10 @@ def test_propagate_lets_the_optimizer_have_them() -> None:
 def test_too_many_skips_in_a_row_raise_with_the_history() -> None:
     nan = float("nan")
     with pytest.raises(RuntimeError) as error:
-        fit(Model([1.0, nan, nan, 1.0, nan, nan, nan]), GradientClipCallback(max_consecutive_skips=2))
+        fit(
+            Model([1.0, nan, nan, 1.0, nan, nan, nan]),
+            GradientClipCallback(max_consecutive_skips=2),
+        )
     text = str(error.value)
     assert "3 steps in a row were skipped, max_consecutive_skips=2 allows 2" in text
     assert text.count("gradient norm nan, NaN or infinite in layer.weight, layer.bias") == 3
@@ -142,4 +157,6 @@ def test_finite_gradients_whose_squares_overflow_are_clipped_not_skipped() -> No
     callback = GradientClipCallback(Norm(1.0))
     fit(model, callback)
     assert not callback.record.skipped
-    assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(1.0, rel=1e-5)
+    assert float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()) == pytest.approx(
+        1.0, rel=1e-5
+    )

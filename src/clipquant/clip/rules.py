@@ -20,7 +20,8 @@ class Rule(Protocol):
     """What clips: three pure methods, none of which changes a gradient.
 
     A rule of your own needs no base class. `clip_gradients_` asks `plan` once for all gradients, then asks `clip` for
-    each gradient and writes what it returns.
+    each gradient and writes what it returns. Two attributes are optional: `local = True` says that `plan` reads no
+    gradient, `folds = True` that every plan is a `Scale`.
     """
 
     def init(self) -> State:
@@ -56,6 +57,7 @@ class Value:
     """
 
     limit: float
+    local = True
 
     def __post_init__(self) -> None:
         check_number(
@@ -193,6 +195,7 @@ class AGC:
 
     ratio: float = 0.01
     eps: float = 1e-3
+    local = True
 
     def __post_init__(self) -> None:
         check_number("AGC", "ratio", self.ratio, above=0.0, hint="e.g. 0.01")
@@ -236,6 +239,7 @@ class Indicator:
     """
 
     threshold: float = 0.0
+    local = True
 
     def __post_init__(self) -> None:
         check_number(
