@@ -1,17 +1,46 @@
 """Gradient clipping and weight quantization as PyTorch Lightning callbacks."""
 
-from clipquant.artifact import load_quantized
-from clipquant.callbacks.gradient_clip import GradientClipCallback
-from clipquant.callbacks.quantize import QuantizeOnFitEnd
-from clipquant.clip import clip_gradients_
-from clipquant.model import QuantizedModel, quantize
+from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipquant.artifact import load_quantized
+    from clipquant.callbacks.gradient_clip import GradientClipCallback
+    from clipquant.callbacks.quantize import QuantizeOnFitEnd
+    from clipquant.clip import clip_gradients_
+    from clipquant.model import QuantizedModel, quantize
+    from clipquant.reference.two_conv import TwoConvNet
+
+__version__ = "0.1.0"
 __all__ = [
     "GradientClipCallback",
     "QuantizeOnFitEnd",
     "QuantizedModel",
+    "TwoConvNet",
     "clip_gradients_",
     "load_quantized",
     "quantize",
 ]
-__version__ = "0.1.0"
+
+# Loaded at first use, so that the command line shows its help without waiting for torch.
+_HOMES = {
+    "GradientClipCallback": "clipquant.callbacks.gradient_clip",
+    "QuantizeOnFitEnd": "clipquant.callbacks.quantize",
+    "QuantizedModel": "clipquant.model",
+    "TwoConvNet": "clipquant.reference.two_conv",
+    "clip_gradients_": "clipquant.clip",
+    "load_quantized": "clipquant.artifact",
+    "quantize": "clipquant.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'clipquant' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -36,7 +36,9 @@ RULES: list[Any] = [
 
 
 class Model(BoringModel):
-    def __init__(self, optimizer: str, settings: dict[str, Any], bad_step: int | None = None) -> None:
+    def __init__(
+        self, optimizer: str, settings: dict[str, Any], bad_step: int | None = None
+    ) -> None:
         super().__init__()
         self.optimizer_name, self.settings, self.bad_step = optimizer, settings, bad_step
         self.history: list[Tensor] = []
@@ -48,7 +50,9 @@ class Model(BoringModel):
         return loss * float("inf") if batch_idx == self.bad_step else loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return getattr(torch.optim, self.optimizer_name)(self.parameters(), lr=0.05, **self.settings)
+        return getattr(torch.optim, self.optimizer_name)(
+            self.parameters(), lr=0.05, **self.settings
+        )
 
     def on_train_batch_end(self, *args: object) -> None:
         self.history.append(self.layer.weight.detach().clone())
@@ -76,7 +80,9 @@ def amp(init_scale: float = 1024.0) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
 
 
-def pair(optimizer: str, settings: dict[str, Any], bad_step: int | None = None) -> tuple[Model, Model]:
+def pair(
+    optimizer: str, settings: dict[str, Any], bad_step: int | None = None
+) -> tuple[Model, Model]:
     first, second = Model(optimizer, settings, bad_step), Model(optimizer, settings, bad_step)
     second.load_state_dict(first.state_dict())
     return first, second
@@ -93,12 +99,16 @@ def test_under_a_grad_scaler_every_rule_does_what_it_does_in_float32(
     fit(plain, reference)
     torch.testing.assert_close(scaled.layer.weight, plain.layer.weight, rtol=1e-5, atol=1e-6)
     assert ours.record.grad_norm == pytest.approx(reference.record.grad_norm, rel=1e-5)
-    assert ours.record.grad_norm_clipped == pytest.approx(reference.record.grad_norm_clipped, rel=1e-5)
+    assert ours.record.grad_norm_clipped == pytest.approx(
+        reference.record.grad_norm_clipped, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("rule", [Value(0.01), Norm(0.05), AutoClip(50)], ids=repr)
 @pytest.mark.parametrize(("optimizer", "settings"), OPTIMIZERS)
-def test_an_overflow_stays_the_scalers_business(rule: Any, optimizer: str, settings: dict[str, Any]) -> None:
+def test_an_overflow_stays_the_scalers_business(
+    rule: Any, optimizer: str, settings: dict[str, Any]
+) -> None:
     model = Model(optimizer, settings, bad_step=2)
     callback = GradientClipCallback(rule, max_consecutive_skips=0, on_nonfinite="raise")
     trainer = fit(model, callback, plugins=[amp()])
@@ -140,11 +150,15 @@ def test_true_half_precision(precision: Any, settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "Adagrad"])
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("rule", [Norm(0.05), AutoClip(10), ZClip(max_norm=0.05)], ids=repr)
-def test_a_fused_step_clips_by_itself_and_nothing_is_left_behind(optimizer: str, scaler: bool, rule: Any) -> None:
+def test_a_fused_step_clips_by_itself_and_nothing_is_left_behind(
+    optimizer: str, scaler: bool, rule: Any
+) -> None:
     seen: list[Any] = []
 
     class Watching(Model):
-        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        def optimizer_step(
+            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+        ) -> None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             seen.append(getattr(optimizer.optimizer, "grad_scale", None))
 
@@ -156,7 +170,9 @@ def test_a_fused_step_clips_by_itself_and_nothing_is_left_behind(optimizer: str,
     assert callback.record.deferred is not None, "clipping was folded into the step"
     assert seen == [None] * 5
     torch.testing.assert_close(fused.layer.weight, plain.layer.weight, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(fused.layer.weight.grad, plain.layer.weight.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        fused.layer.weight.grad, plain.layer.weight.grad, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_what_a_failed_step_left_behind_does_not_scale_the_next_one() -> None:
@@ -198,5 +214,7 @@ def test_whoever_reads_gradients_after_the_callback_reads_clipped_ones(reader: s
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, max_steps=3, callbacks=callbacks,
     )  # fmt: skip
-    trainer.fit(ReadingModel("AdamW", {"fused": True}), torch.utils.data.DataLoader(RandomDataset(32, 3)))
+    trainer.fit(
+        ReadingModel("AdamW", {"fused": True}), torch.utils.data.DataLoader(RandomDataset(32, 3))
+    )
     assert norms == pytest.approx([0.05] * 3, rel=1e-4)

@@ -15,9 +15,7 @@ matrices = hnp.arrays(
     np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9), elements=finite
 )
 specs = st.builds(
-    lambda bits, symmetric, granularity: QuantSpec(
-        bits, None, symmetric and bits > 1, granularity
-    ),
+    lambda bits, symmetric, granularity: QuantSpec(bits, None, symmetric and bits > 1, granularity),
     st.integers(1, 8),
     st.booleans(),
     st.one_of(st.sampled_from(["tensor", "channel"]), st.integers(1, 10)),

@@ -23,9 +23,11 @@ def copy_module(module: pl.LightningModule) -> pl.LightningModule:
     """
     trainer, module._trainer = module._trainer, None
     try:
-        return copy.deepcopy(module)
+        copied = copy.deepcopy(module)
     finally:
         module._trainer = trainer
+    copied._metric_attributes = None  # names its metrics by id(): the copies have others
+    return copied
 
 
 def validation_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:

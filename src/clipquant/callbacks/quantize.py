@@ -17,7 +17,7 @@ from clipquant.callbacks.evaluate import copy_module, validation_metrics
 from clipquant.model import QuantizedModel, quantize
 from clipquant.quant.layers import select
 from clipquant.quant.model import check_method, specs_for
-from clipquant.quant.spec import Granularity, QuantSpec
+from clipquant.quant.spec import QuantSpec
 from clipquant.report.record import QuantizationReport
 from clipquant.report.table import print_summary
 
@@ -75,7 +75,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         method: Literal["auto", "rtn", "mse", "hqq", "gptq", "adaround"] = "auto",
         calibration_batches: int = 16,
         max_drop: float | None = None,
-        max_size: int | float | str | None = None,
+        max_size: int | float | str | None = None,  # noqa: PYI041 - an int is bytes, a float a share
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
         include: list[str] | None = None,
@@ -91,7 +91,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
         _check_budgets(bits, max_drop, max_size)
-        if not isinstance(calibration_batches, int) or calibration_batches < 0:
+        if calibration_batches != int(calibration_batches) or calibration_batches < 0:
             raise ValueError(
                 "calibration_batches must be a whole number, 0 or more; got "
                 f"{calibration_batches!r}. 0 quantizes without data."
@@ -188,9 +188,9 @@ bits='auto' with max_drop or max_size to have it chosen.
 def monitored(trainer: pl.Trainer, monitor: str | None, mode: str | None) -> tuple[str, str]:
     """Return which metric judges and which way: as given, else ModelCheckpoint's, else val_loss."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            if monitor is None or monitor == callback.monitor:
-                return callback.monitor, mode or callback.mode
+        own = callback.monitor if isinstance(callback, ModelCheckpoint) else None
+        if own is not None and monitor in (None, own):
+            return own, mode or callback.mode  # type: ignore[attr-defined]
     return monitor or "val_loss", mode or "min"
 
 

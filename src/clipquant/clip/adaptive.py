@@ -11,11 +11,11 @@ from torch import Tensor
 
 from clipquant.clip.norms import Gradients
 from clipquant.clip.plans import Scale, ScaleEach
-from clipquant.clip.rules import State, check_count, check_number, scale_each, scaled
+from clipquant.clip.rules import Rule, State, check_count, check_number, scale_each, scaled
 
 
 @dataclass(frozen=True)
-class AutoClip:
+class AutoClip(Rule):
     """Scale all gradients so that their norm is at most a percentile of the norms seen so far, this step's included.
 
     Args:
@@ -63,7 +63,7 @@ class AutoClip:
 
 
 @dataclass(frozen=True)
-class ZClip:
+class ZClip(Rule):
     """Scale all gradients down when their norm stands out from its moving mean by more than `z` standard deviations.
 
     A norm at `s > z` deviations is brought down to `z * z / s` deviations above the mean. The statistics follow the
@@ -146,7 +146,7 @@ class ZClip:
 
 
 @dataclass(frozen=True)
-class AdaGC:
+class AdaGC(Rule):
     """Scale each gradient so that its norm is at most `ratio` times the moving mean of its own clipped norms.
 
     During warm-up all gradients together are limited to `max_norm`, and each mean starts as the smallest norm seen. A

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,30 +16,40 @@ from clipquant.clip.plans import Clamp, Indicate, Scale, ScaleEach, ScaleUnits
 State = dict[str, Tensor]
 
 
-@runtime_checkable
-class Rule(Protocol):
+class Rule(ABC):
     """What clips: three pure methods, none of which changes a gradient.
 
-    A rule of your own needs no base class. `clip_gradients_` asks `plan` once for all gradients, then asks `clip` for
-    each gradient and writes what it returns. Two attributes are optional: `local = True` says that `plan` reads no
-    gradient, `folds = True` that every plan is a `Scale`.
+    A rule of your own needs no base class: a class with the three methods counts as a subclass. One that has this base
+    is found by its short name in a YAML file, once it is imported. `clip_gradients_` asks `plan` once for all
+    gradients, then asks `clip` for each gradient and writes what it returns. Two attributes are optional:
+    `local = True` says that `plan` reads no gradient, `folds = True` that every plan is a `Scale`.
     """
 
+    @classmethod
+    def __subclasshook__(cls, other: type) -> Any:  # a bool or NotImplemented
+        methods = (getattr(other, name, None) for name in ("init", "plan", "clip"))
+        if cls is Rule and all(map(callable, methods)):
+            return True
+        return NotImplemented
+
+    @abstractmethod
     def init(self) -> State:
         """Return the state before the first step; empty for a rule without memory."""
         ...
 
+    @abstractmethod
     def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[Any, State]:
         """Decide from all gradients; return the plan and the next state."""
         ...
 
+    @abstractmethod
     def clip(self, grad: Tensor, param: Tensor, plan: Any) -> Tensor:
         """Return the clipped gradient of one parameter."""
         ...
 
 
 @dataclass(frozen=True)
-class Value:
+class Value(Rule):
     """Clamp every element of every gradient to [-limit, limit]; elements within are untouched bit for bit.
 
     Real and imaginary parts of a complex gradient are clamped separately.
@@ -77,7 +88,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Rule):
     """Scale gradients down so that their norm is at most `max_norm`; directions stay, nothing is scaled up.
 
     Args:
@@ -172,7 +183,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class AGC:
+class AGC(Rule):
     """Scale each unit of a gradient down to at most `ratio` times the norm of the same unit of the weight.
 
     A unit is one output channel (first axis) of a tensor with two or more axes, the whole tensor otherwise. The
@@ -220,7 +231,7 @@ class AGC:
 
 
 @dataclass(frozen=True)
-class Indicator:
+class Indicator(Rule):
     """Replace every gradient element by 1 where its magnitude exceeds `threshold`, else by 0.
 
     Signs are lost: each selected weight moves down by the learning rate. Combine it with the callback's `stop_step`.

@@ -155,6 +155,7 @@ def check_globs(names: Iterable[str], **globs: Globs) -> None:
 
 
 def matches(name: str, patterns: Globs) -> bool:
+    """Return whether a name matches any of the globs."""
     return any(fnmatchcase(name, pattern) for pattern in patterns or [])
 
 

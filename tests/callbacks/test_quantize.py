@@ -1,0 +1,354 @@
+"""QuantizeOnFitEnd in real fits: on real digits, in two processes, stopped, on bad disks."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from clipquant import QuantizeOnFitEnd, TwoConvNet, load_quantized
+from clipquant.quant.grid import dequantize
+from clipquant.quant.layers import select
+from clipquant.quant.ranges import quantize_weight
+from clipquant.quant.spec import QuantSpec
+from clipquant.reference import MNIST5k
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Small(pl.LightningModule):
+    """A classifier of 8x8 images small enough to fit in a blink."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, i):
+        self.log("val_loss", self.training_step(batch, i))
+        self.log("val_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def loader(numel=64):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(numel, 1, 8, 8, generator=generator)
+    return DataLoader(
+        TensorDataset(images, torch.randint(0, 10, (numel,), generator=generator)), 16
+    )
+
+
+def fit(callback, tmp_path, model=None, callbacks=(), **arguments):
+    model = model or Small()
+    arguments = {"max_epochs": 1, "enable_checkpointing": False, **QUIET, **arguments}
+    trainer = pl.Trainer(callbacks=[callback, *callbacks], default_root_dir=tmp_path, **arguments)
+    trainer.fit(model, loader(), loader())
+    return trainer, model
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """TwoConvNet trained on real digits, quantized to 8 bits at the end."""
+    pl.seed_everything(1, verbose=False)
+    data, model, callback = MNIST5k(), TwoConvNet(), QuantizeOnFitEnd(8)
+    folder = tmp_path_factory.mktemp("digits")
+    trainer = pl.Trainer(
+        callbacks=[callback],
+        max_epochs=2,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        **QUIET,
+    )
+    trainer.fit(model, data)
+    return trainer, model, data, callback
+
+
+def test_real_digits_survive_8_bits(digits):
+    _, _, _, callback = digits
+    before, after = callback.report.float_metrics, callback.report.quantized_metrics
+    assert before["val_acc"] > 0.94
+    assert after["val_acc"] >= before["val_acc"] - 0.003
+    assert callback.report.size_bytes == callback.artifact_path.stat().st_size
+    assert callback.report.ratio > 3.9
+
+
+def test_raw_codes_left_in_the_weights_destroy_the_network(digits):
+    """What the reference definition leaves open, measured: the codes must be mapped back."""
+    trainer, model, data, _ = digits
+    raw, restored = TwoConvNet(), TwoConvNet()
+    for net, restore in ((raw, False), (restored, True)):
+        net.load_state_dict(model.state_dict())
+        for target in select(net).targets:
+            codes = quantize_weight(target.weight, QuantSpec(8, 8, False, "tensor"))
+            value = dequantize(codes) if restore else codes.codes.float().reshape(codes.layout.shape)
+            target.weight.data.copy_(value)
+    judge = pl.Trainer(**QUIET, enable_checkpointing=False)
+    accuracy = [judge.test(net, data, verbose=False)[0]["test_acc"] for net in (model, raw, restored)]
+    assert accuracy[1] < 0.2
+    assert accuracy[2] > accuracy[0] - 0.05  # nine codes a tensor, still a network
+
+
+def test_the_accuracy_of_a_fresh_process_is_equal_to_the_last_digit(digits, tmp_path):
+    trainer, model, data, callback = digits
+    here = pl.Trainer(**QUIET, enable_checkpointing=False).test(model, data, verbose=False)
+    script = f"""
+        import lightning.pytorch as pl
+        from clipquant import TwoConvNet, load_quantized
+        from clipquant.reference import MNIST5k
+        model = TwoConvNet()
+        model.load_state_dict(load_quantized({str(callback.artifact_path)!r}), strict=True)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
+                             enable_checkpointing=False, enable_model_summary=False)
+        metrics = trainer.test(model, MNIST5k(), verbose=False)[0]
+        print("there:", {{name: value.hex() for name, value in metrics.items()}})
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    there = {name: value.hex() for name, value in here[0].items()}
+    assert f"there: {there}" in done.stdout, done.stderr
+
+
+def test_the_module_keeps_class_keys_and_dtype_and_gives_what_the_file_gives(tmp_path):
+    callback = QuantizeOnFitEnd(4, granularity=16)
+    keys = Small().state_dict().keys()
+    _, model = fit(callback, tmp_path)
+    assert type(model) is Small
+    assert model.state_dict().keys() == keys
+    loaded = load_quantized(callback.artifact_path, Small())
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    assert all(v.dtype == torch.float32 for v in model.state_dict().values())
+
+
+def test_the_reference_quantization_leaves_nine_values_a_tensor(tmp_path):
+    callback = QuantizeOnFitEnd(8, levels=8, symmetric=False, granularity="tensor", method="rtn")
+    _, model = fit(callback, tmp_path)
+    assert len(model.net[3].weight.unique()) == 9
+
+
+def test_metrics_are_of_the_same_batches_with_no_trace_in_the_outer_trainer(tmp_path):
+    callback = QuantizeOnFitEnd(8)
+    trainer, model = fit(callback, tmp_path)
+    assert model.trainer is trainer
+    assert trainer.state.fn == "fit"
+    validate = pl.Trainer(**QUIET, enable_checkpointing=False).validate
+    judged = validate(model, loader(), verbose=False)[0]
+    assert callback.report.quantized_metrics == pytest.approx(judged, abs=0)
+
+
+def test_the_random_state_is_left_as_it_was(tmp_path):
+    draws = []
+    for callback in (pl.Callback(), QuantizeOnFitEnd(8)):
+        pl.seed_everything(3, verbose=False)
+        fit(callback, tmp_path)
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
+
+
+def test_monitor_and_mode_are_those_of_the_checkpoint(tmp_path):
+    callback = QuantizeOnFitEnd(8)
+    checkpoint = ModelCheckpoint(tmp_path / "kept", monitor="val_acc", mode="max")
+    fit(callback, tmp_path, callbacks=[checkpoint], enable_checkpointing=True)
+    assert (callback.report.monitor, callback.report.mode) == ("val_acc", "max")
+    fit(callback := QuantizeOnFitEnd(8), tmp_path)
+    assert (callback.report.monitor, callback.report.mode) == ("val_loss", "min")
+
+
+def test_the_best_weights_are_those_of_the_best_checkpoint(tmp_path):
+    callback = QuantizeOnFitEnd(8, weights="best")
+    checkpoint = ModelCheckpoint(tmp_path / "kept", monitor="val_loss")
+
+    class Unsteady(Small):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 3.0)
+
+    _, model = fit(
+        callback, tmp_path, Unsteady(), [checkpoint], enable_checkpointing=True, max_epochs=4
+    )
+    best = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    score = float(checkpoint.best_model_score)
+    assert callback.report.float_metrics["val_loss"] == pytest.approx(score, rel=1e-6)
+    restored = model.state_dict()["net.3.weight"]
+    assert (restored - best["net.3.weight"]).abs().max() <= best["net.3.weight"].abs().max() / 250
+
+
+def test_no_validation_data_is_no_obstacle(tmp_path):
+    callback, model = QuantizeOnFitEnd(8), Small()
+    trainer = pl.Trainer(
+        callbacks=[callback], default_root_dir=tmp_path, max_epochs=1, enable_checkpointing=False,
+        **QUIET,
+    )  # fmt: skip
+    trainer.fit(model, loader())
+    assert callback.report.float_metrics == {}
+    assert callback.artifact_path.exists()
+
+
+def test_nothing_but_the_fit_starts_it(tmp_path):
+    trainer = pl.Trainer(callbacks=[callback := QuantizeOnFitEnd(8)], **QUIET)
+    trainer.validate(Small(), loader(), verbose=False)
+    assert callback.report is None
+
+
+def test_max_steps_0_says_that_nothing_was_trained(tmp_path):
+    with pytest.warns(UserWarning, match="No optimizer step was taken"):
+        fit(callback := QuantizeOnFitEnd(8), tmp_path, max_steps=0, max_epochs=None)
+    assert callback.artifact_path.exists()
+
+
+def test_weights_that_became_nan_are_refused_and_the_module_is_kept(tmp_path):
+    class Diverging(Small):
+        def on_train_end(self):
+            self.net[3].weight.data[0, 0] = float("nan")
+
+    model = Diverging()
+    with pytest.raises(ValueError, match=r"net\.3\.weight \(1 of 1440\)"):
+        fit(QuantizeOnFitEnd(8), tmp_path, model)
+    assert int(model.net[3].weight.isnan().sum()) == 1
+
+
+def test_a_glob_without_a_match_is_refused_before_training(tmp_path):
+    class Untrained(Small):
+        def training_step(self, batch, i):
+            raise AssertionError("trained")
+
+    with pytest.raises(ValueError, match=r"include=\['head.\*'\] matches no parameter"):
+        fit(QuantizeOnFitEnd(8, include=["head.*"]), tmp_path, Untrained())
+
+
+def test_a_model_without_layers_to_quantize_is_refused_before_training(tmp_path):
+    class Scale(Small):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
+
+    with pytest.raises(ValueError, match="no weight to quantize"):
+        fit(QuantizeOnFitEnd(8), tmp_path, Scale())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="set dirpath to a folder that is writable"):
+        fit(QuantizeOnFitEnd(8, dirpath=tmp_path / "file" / "quantized"), tmp_path)
+
+
+def test_a_disk_that_fills_during_the_fit_leaves_the_trained_module_and_checkpoints(
+    tmp_path, monkeypatch
+):
+    class Filling(Small):
+        def on_train_end(self):
+            self.trained = {k: v.clone() for k, v in self.state_dict().items()}
+
+            def full(_):
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(os, "fsync", full)
+
+    model, checkpoint = Filling(), ModelCheckpoint(tmp_path / "kept")
+    with pytest.raises(OSError, match="No space left"):
+        fit(
+            QuantizeOnFitEnd(8, dirpath=tmp_path / "out"), tmp_path, model, [checkpoint],
+            enable_checkpointing=True,
+        )  # fmt: skip
+    assert all(torch.equal(v, model.trained[k]) for k, v in model.state_dict().items())
+    assert list((tmp_path / "out").iterdir()) == []
+    kept = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    assert all(torch.equal(v, kept[k]) for k, v in model.trained.items())
+
+
+def test_sharded_strategies_and_best_without_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"weights='best' needs a ModelCheckpoint"):
+        fit(QuantizeOnFitEnd(8, weights="best"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"bits": 0}, "bits must be a whole number from 1 to 8; got 0"),
+        ({"bits": 9}, "got 9"),
+        ({"bits": 3.5}, "got 3.5"),
+        ({"bits": "eight"}, "got 'eight'"),
+        ({"levels": 0}, "levels .* got 0"),
+        ({"max_drop": 0.01}, "needs bits='auto'.*got bits=8 with max_drop=0.01"),
+        ({"bits": "auto"}, "needs max_drop or max_size"),
+        ({"method": "awq"}, "method must be one of .*'awq'"),
+        ({"weights": "first"}, "weights must be one of 'last', 'best'"),
+        ({"on_fail": "ignore"}, "on_fail must be one of"),
+        ({"calibration_batches": -1}, "calibration_batches .* got -1"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_at_once(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        QuantizeOnFitEnd(**arguments)
+
+
+INTERRUPTED = """
+    import sys, signal, os
+    sys.path.insert(0, {tests!r})
+    from callbacks.test_quantize import Small, fit, QuantizeOnFitEnd
+    class Slow(Small):
+        def on_train_batch_end(self, *_):
+            if self.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+    fit(QuantizeOnFitEnd(8, dirpath={folder!r}), {folder!r}, Slow())
+"""
+
+
+def test_ctrl_c_says_that_nothing_was_quantized(tmp_path):
+    script = textwrap.dedent(INTERRUPTED).format(
+        tests=os.path.dirname(os.path.dirname(__file__)), folder=str(tmp_path)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "stopped by KeyboardInterrupt, so nothing was quantized" in done.stderr
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+TWO_PROCESSES = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch
+    from callbacks.test_quantize import Small, fit, QuantizeOnFitEnd
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        callback = QuantizeOnFitEnd(4, dirpath={folder!r})
+        trainer, model = fit(callback, {folder!r}, strategy="ddp", devices=2)
+        torch.save(model.state_dict(), {folder!r} + f"/rank{{trainer.global_rank}}.pt")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+"""
+
+
+def test_with_two_processes_each_module_holds_what_the_file_holds(tmp_path):
+    script = tmp_path / "fit.py"
+    script.write_text(
+        textwrap.dedent(TWO_PROCESSES).format(
+            tests=os.path.dirname(os.path.dirname(__file__)), folder=str(tmp_path)
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    state = load_quantized(tmp_path / "model.safetensors")
+    for rank in (0, 1):
+        own = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert all(torch.equal(own[name], value) for name, value in state.items())
+    assert done.stdout.count("Quantized") == 1
