@@ -2,6 +2,8 @@
 
 import os
 
+# Lightning's log handler keeps the stderr of its first import, which must outlive a single test's.
+import lightning.pytorch  # noqa: F401
 from hypothesis import settings
 
 # A loaded machine must not fail an example for its time; CI must find the same examples twice.

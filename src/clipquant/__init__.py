@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from clipquant.callbacks.gradient_clip import GradientClipCallback
     from clipquant.callbacks.quantize import QuantizeOnFitEnd
     from clipquant.clip import clip_gradients_
-    from clipquant.model import QuantizedModel, quantize
+    from clipquant.model import QuantizedModel, quantize, to_compressed_tensors
     from clipquant.reference.two_conv import TwoConvNet
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "clip_gradients_",
     "load_quantized",
     "quantize",
+    "to_compressed_tensors",
 ]
 
 # Loaded at first use, so that the command line shows its help without waiting for torch.
@@ -33,6 +34,7 @@ _HOMES = {
     "clip_gradients_": "clipquant.clip",
     "load_quantized": "clipquant.artifact",
     "quantize": "clipquant.model",
+    "to_compressed_tensors": "clipquant.model",
 }
 
 

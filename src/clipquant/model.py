@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from clipquant.artifact import load_state, save_artifact, serialize
-from clipquant.quant.layers import Globs
-from clipquant.quant.model import QuantizedWeights, check_method, quantize_weights
-from clipquant.quant.spec import Granularity
-from clipquant.report.record import QuantizationReport, bits_per_weight, layer_records
+from clipquant.artifact import load_state, read_artifact, save_artifact, serialize
+from clipquant.budget import Goal, check_budget, meet, missed_size, size_in_bytes
+from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
+from clipquant.quant.auto import allocator
+from clipquant.quant.calibrate import Progress
+from clipquant.quant.layers import Globs, Target, select
+from clipquant.quant.model import (
+    QuantizedWeights,
+    check_finite,
+    check_method,
+    quantize_weights,
+    specs_for,
+)
+from clipquant.quant.observe import Forward, calibration_data, call_model
+from clipquant.quant.sensitivity import output_divergence, run_batch, squared_gradients
+from clipquant.quant.spec import Granularity, QuantSpec
+from clipquant.report.files import environment
+from clipquant.report.layers import bits_per_weight, layer_records
+from clipquant.report.record import QuantizationReport
+from clipquant.report.stored import describe
+
+AUTO_BATCHES = 16  # of the data given, from which bits="auto" estimates
 
 
 @dataclass(frozen=True)
@@ -58,12 +80,25 @@ class QuantizedModel:
         Raises:
             OSError: If it cannot be written.
         """
-        return save_artifact(self.weights, path)
+        return save_artifact(self.weights, path, describe(self.report))
+
+    def reported(self, **known: Any) -> QuantizedModel:
+        """Return the same weights with more known about them, and the size of the file that says so.
+
+        Args:
+            known: Fields of `QuantizationReport`.
+        """
+        report = replace(self.report, **known)
+        size = len(serialize(self.weights, describe(report)))
+        if report.budget is not None:
+            trials = (replace(t, size_bytes=size) if t.chosen else t for t in report.budget.trials)
+            report = replace(report, budget=replace(report.budget, trials=tuple(trials)))
+        return replace(self, report=replace(report, size_bytes=size))
 
 
 def quantize(
     model: nn.Module,
-    bits: int = 8,
+    bits: int | Literal["auto"] = 8,
     *,
     levels: int | None = None,
     symmetric: bool | None = None,
@@ -72,23 +107,37 @@ def quantize(
     include: Globs = None,
     exclude: Globs = None,
     overrides: Mapping[str, int] | None = None,
+    max_drop: float | None = None,
+    max_size: int | float | str | None = None,  # noqa: PYI041 - an int is bytes, a float a share
     data: Iterable[Any] | None = None,
+    calibration_batches: int = 16,
+    forward: Forward = call_model,
+    progress: Progress | None = None,
     score: Callable[[nn.Module], float] | None = None,
 ) -> QuantizedModel:
     """Return `model` quantized; `model` itself is never touched.
 
     Args:
         model: Any module.
-        bits: Width of a code, 1 to 8.
+        bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
-        method: "rtn", round to nearest on the min-max grid.
+        method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range;
+            "gptq" and "adaround", codes that keep the layers' outputs on `data`; "auto", the best of
+            them for the width and the data.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights.
-        data: Calibration inputs: an iterable of tensors, tuples or dicts.
-        score: Returns a figure of merit of a model.
+        max_drop: With bits="auto": most that the score may lose.
+        max_size: With bits="auto": most bytes of the file: a number, a fraction of the float size, or
+            "300kB".
+        data: Calibration inputs, without need of labels: an iterable of tensors, of tuples (positional
+            arguments; those beyond what `forward` takes are left out) or of dicts (keywords).
+        calibration_batches: How many batches of `data` to use; 0: data-free.
+        forward: Runs a copy of the model on a batch, where calling it is not enough.
+        progress: Told the weight's name, the steps done and the steps in all, before each step.
+        score: Returns a figure of merit of a model, higher is better.
 
     Returns:
         The quantized model, with its report.
@@ -101,6 +150,23 @@ def quantize(
     4.0
     """
     check_method(method)
+    if bits == "auto":
+        check_auto(max_drop, max_size, method, levels, symmetric, granularity)
+        batches = _auto_data(data)
+        guest = copy.deepcopy(model).eval()
+        targets = select(guest, include, exclude).targets
+        fisher = squared_gradients(guest, targets, batches, _divergence())
+        goal = AutoBits(
+            max_drop, max_size, "score", "max", granularity, include, exclude, overrides
+        )
+        judged = None if score is None else _judge_of(model, score)
+        before = {} if score is None else {"score": float(score(model))}
+        found = quantize_auto(model, goal, fisher, before, judged)
+        return found.reported(calibration=f"{len(batches)} batches of the data given")
+    if max_drop is not None or max_size is not None:
+        raise ValueError(
+            f"max_drop and max_size need bits='auto', which chooses the bits by them; got bits={bits!r}."
+        )
     weights = quantize_weights(
         model,
         bits,
@@ -110,21 +176,184 @@ def quantize(
         include=include,
         exclude=exclude,
         overrides=overrides,
+        method=method,
+        batches=None if data is None else calibration_data(data, calibration_batches),
+        forward=forward,
+        progress=progress,
     )
-    report = make_report(weights, model)
-    if score is not None:
-        report = replace(report, float_metrics={"score": float(score(model))})
-    return QuantizedModel(weights, report)
+    quantized = QuantizedModel(weights, make_report(weights, model))
+    if score is None:
+        return quantized
+    before = {"score": float(score(model))}
+    after = {"score": float(score(quantized.apply_to(copy.deepcopy(model))))}
+    return quantized.reported(
+        float_metrics=before, quantized_metrics=after, monitor="score", mode="max"
+    )
 
 
-def make_report(weights: QuantizedWeights, model: nn.Module) -> QuantizationReport:
+@dataclass(frozen=True)
+class AutoBits:
+    """What bits="auto" is asked: the budgets, the metric that judges, and what is quantized how."""
+
+    max_drop: float | None
+    max_size: int | float | str | None
+    monitor: str
+    mode: str
+    granularity: Granularity = "channel"
+    include: Globs = None
+    exclude: Globs = None
+    overrides: Mapping[str, int] | None = None
+
+
+def quantize_auto(
+    model: nn.Module,
+    goal: AutoBits,
+    fisher: Mapping[str, Tensor],
+    before: Mapping[str, float],
+    judge: Callable[[QuantizedWeights], Mapping[str, float]] | None,
+) -> QuantizedModel:
+    """Return `model` with bits for each row that meet the budgets, or come nearest to them.
+
+    Args:
+        model: Any module; it is not touched.
+        goal: What is asked.
+        fisher: Name of a weight -> E[g^2], (rows, columns).
+        before: Metrics of the float model.
+        judge: Metrics of the model with some weights; None: only a size can be met.
+
+    Raises:
+        ValueError: For what cannot be asked of this model; see `clipquant.budget.meet`.
+    """
+    selection = select(model, goal.include, goal.exclude)
+    check_finite(selection.targets)
+    fixed = _given_widths(selection.targets, goal.overrides)
+    size = goal.granularity if isinstance(goal.granularity, int) else None
+    found = allocator(model, selection, fisher, group_size=size, fixed=fixed)
+    base = replace(
+        make_report(found.weights(found.uniform(8)), model),
+        float_metrics=dict(before),
+        monitor=goal.monitor,
+        mode=goal.mode,
+    )
+    most = None if goal.max_size is None else size_in_bytes(goal.max_size, base.float_bytes)
+    # What the file will say of the search and its outcome, once they are known.
+    spare = 1000 + 10 * len(fisher) + 3 * len(str(dict(before)))
+
+    def size_of(weights: QuantizedWeights) -> int:
+        return len(serialize(weights, describe(base)))
+
+    asked = Goal(goal.max_drop, most, goal.monitor, goal.mode)
+    outcome = meet(asked, found, size_of, before, judge, spare)
+    report = make_report(outcome.weights, model, found.sensitivities(outcome.bits))
+    made = QuantizedModel(outcome.weights, report).reported(
+        float_metrics=dict(before),
+        quantized_metrics=dict(outcome.metrics),
+        monitor=goal.monitor if before else None,
+        mode=goal.mode if before else None,
+        budget=outcome.budget,
+    )
+    failure = outcome.budget.failure or missed_size(asked, made.report.size_bytes)
+    return made.reported(budget=replace(outcome.budget, failure=failure))
+
+
+def check_auto(
+    max_drop: object,
+    max_size: object,
+    method: str,
+    levels: object,
+    symmetric: object,
+    granularity: object,
+) -> None:
+    """Raise for arguments that bits="auto" cannot obey, naming each with its remedy."""
+    if max_drop is None and max_size is None:
+        raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
+    check_budget(max_drop, max_size)
+    wrong = {
+        "method": (method, method not in ("auto", "mse")),
+        "levels": (levels, levels is not None),
+        "symmetric": (symmetric, bool(symmetric)),
+        "granularity": (granularity, granularity == "tensor"),
+    }
+    for name, (value, bad) in wrong.items():
+        if bad:
+            raise ValueError(
+                f"bits='auto' gives each output channel a grid of its own, affine, chosen by 'mse'; got "
+                f"{name}={value!r}. Leave {name} out, or give bits as a number."
+            )
+
+
+def _given_widths(targets: Iterable[Target], overrides: Mapping[str, int] | None) -> dict[str, int]:
+    specs = specs_for(targets, QuantSpec(8), overrides)
+    return {
+        name: spec.bits
+        for name, spec in specs.items()
+        if any(fnmatchcase(name, pattern) for pattern in overrides or {})
+    }
+
+
+def _auto_data(data: Iterable[Any] | None) -> list[Any]:
+    if data is None:
+        raise ValueError(
+            "bits='auto' estimates from data how much each row matters; got data=None. Pass an iterable of inputs."
+        )
+    return list(islice(data, AUTO_BATCHES))
+
+
+def _divergence() -> Callable[[nn.Module, Any], tuple[Tensor, int]]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda model, batch: output_divergence(run_batch(model, batch), generator)
+
+
+def _judge_of(
+    model: nn.Module, score: Callable[[nn.Module], float]
+) -> Callable[[QuantizedWeights], Mapping[str, float]]:
+    guest = copy.deepcopy(model)
+
+    def judge(weights: QuantizedWeights) -> Mapping[str, float]:
+        return {
+            "score": float(score(load_state(guest, weights.state_dict(), "the quantized model")))
+        }
+
+    return judge
+
+
+def make_report(
+    weights: QuantizedWeights, model: nn.Module, sensitivities: Mapping[str, float] | None = None
+) -> QuantizationReport:
     """Return the report of quantized weights beside the float model they came from."""
     state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     unique = {k: v for k, v in state.items() if k not in weights.aliases}
-    return QuantizationReport(
-        layers=layer_records(weights, state),
+    report = QuantizationReport(
+        layers=layer_records(weights, state, sensitivities),
         left=weights.left,
         float_bytes=sum(v.nbytes for v in unique.values()),
-        size_bytes=len(serialize(weights)),
+        size_bytes=1,
         bits_per_weight=bits_per_weight(weights.tensors.values()),
+        environment=environment(),
     )
+    return replace(report, size_bytes=len(serialize(weights, describe(report))))
+
+
+def to_compressed_tensors(path: str | Path, out: str | Path) -> PackQuantized:
+    """Write an artifact's Linear layers in the layout that the compressed-tensors package reads.
+
+    Codes and scales are kept. What the layout cannot hold, such as convolutions, is written
+    dequantized, and a warning names it.
+
+    Args:
+        path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
+        out: Folder for `model.safetensors` and `config.json`.
+
+    Returns:
+        What was packed, and what was not and why.
+
+    Raises:
+        ArtifactError: If the file is missing, damaged or of a newer format.
+        ExportError: If no weight fits the layout.
+        OSError: If the folder cannot be written.
+    """
+    written = to_pack_quantized(read_artifact(path).weights, out)
+    if written.dense:
+        said = ", ".join(f"{name} ({why})" for name, why in written.dense.items())
+        warnings.warn(f"{out}: written dequantized: {said}.", stacklevel=2)
+    return written

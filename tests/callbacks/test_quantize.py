@@ -95,10 +95,14 @@ def test_raw_codes_left_in_the_weights_destroy_the_network(digits):
         net.load_state_dict(model.state_dict())
         for target in select(net).targets:
             codes = quantize_weight(target.weight, QuantSpec(8, 8, False, "tensor"))
-            value = dequantize(codes) if restore else codes.codes.float().reshape(codes.layout.shape)
+            value = (
+                dequantize(codes) if restore else codes.codes.float().reshape(codes.layout.shape)
+            )
             target.weight.data.copy_(value)
     judge = pl.Trainer(**QUIET, enable_checkpointing=False)
-    accuracy = [judge.test(net, data, verbose=False)[0]["test_acc"] for net in (model, raw, restored)]
+    accuracy = [
+        judge.test(net, data, verbose=False)[0]["test_acc"] for net in (model, raw, restored)
+    ]
     assert accuracy[1] < 0.2
     assert accuracy[2] > accuracy[0] - 0.05  # nine codes a tensor, still a network
 

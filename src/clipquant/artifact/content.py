@@ -14,7 +14,8 @@ from clipquant.artifact.envelope import ArtifactError, read_bytes, seal, unseal,
 from clipquant.quant.grid import dequantize
 from clipquant.quant.layers import LeftInFloat
 from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.pack import pack, unpack
+from clipquant.quant.pack import pack
+from clipquant.quant.packed import PackedTensor, pack_modules_, unpack_tensor
 from clipquant.quant.spec import Layout, QuantizedTensor
 
 
@@ -98,13 +99,16 @@ def _parse(data: bytes, path: str | Path) -> Artifact:
 
 
 def load_quantized(
-    path: str | Path, model: nn.Module | None = None
+    path: str | Path, model: nn.Module | None = None, *, packed: bool = False
 ) -> dict[str, Tensor] | nn.Module:
     """Return the state dict that a file holds, dequantized, or `model` with it loaded.
 
     Args:
         path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
         model: A module of the architecture that was saved. Left untouched unless all fits.
+        packed: Whether `model` is to hold its weights packed, as the file does, and dequantize a
+            layer at a time when it runs: about the file's size in memory, the same outputs, and
+            weights that cannot be trained. It may have been built under `torch.device("meta")`.
 
     Returns:
         Without `model`: every key of the saved model's state dict -> tensor, for
@@ -113,6 +117,7 @@ def load_quantized(
     Raises:
         ArtifactError: If the file is missing, damaged or of a newer format, or `model` differs
             from what was saved (names the missing, the unexpected and the misshapen tensors).
+        ValueError: If `packed` is asked for without a model.
 
     >>> load_quantized("none.safetensors")
     Traceback (most recent call last):
@@ -120,23 +125,52 @@ def load_quantized(
     clipquant.artifact.envelope.ArtifactError: none.safetensors cannot be read: no such file or \
 directory.
     """
+    if packed:
+        if model is None:
+            raise ValueError(
+                "packed=True needs a model to hold the packed weights; got model=None. "
+                "Pass a module, or leave packed out for a state dict."
+            )
+        return _load_packed(path, model)
     state = read_artifact(path).weights.state_dict()
     if model is None:
         return state
     return load_state(model, state, str(path))
 
 
+def _load_packed(path: str | Path, model: nn.Module) -> nn.Module:
+    """Load a file into `model` without unpacking it; change nothing unless all fits."""
+    stored, metadata = unseal(read_bytes(path), path)
+    aliases: Mapping[str, str] = metadata["aliases"]
+    tensors = {name: _packed(name, about, stored) for name, about in metadata["tensors"].items()}
+    shapes = {name: tensor.layout.shape for name, tensor in tensors.items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    _check_fit(model, shapes | {alias: shapes[name] for alias, name in aliases.items()}, str(path))
+    floats = stored | {alias: stored[name] for alias, name in aliases.items() if name in stored}
+    held = (*model.parameters(), *model.buffers())
+    pack_modules_(model, tensors, aliases)
+    model.load_state_dict(floats, strict=False, assign=any(tensor.is_meta for tensor in held))
+    return model
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
     """Load a state dict into `model` if every key and shape fits; otherwise change nothing."""
+    _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, source)
+    model.load_state_dict(dict(state), strict=False)
+    return model
+
+
+def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raise unless the model has exactly these tensors, in these shapes."""
     own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     misshapen = [
-        f"{k} is {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
-        for k in own.keys() & state.keys()
-        if own[k].shape != state[k].shape
+        f"{k} is {shapes[k]} in the file, {tuple(own[k].shape)} in the model"
+        for k in own.keys() & shapes.keys()
+        if tuple(own[k].shape) != shapes[k]
     ]
     faults = {
-        "missing from the file": sorted(own.keys() - state.keys()),
-        "not in the model": sorted(state.keys() - own.keys()),
+        "missing from the file": sorted(own.keys() - shapes.keys()),
+        "not in the model": sorted(shapes.keys() - own.keys()),
         "of another shape": sorted(misshapen),
     }
     if any(faults.values()):
@@ -145,8 +179,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn
             f"{source} does not fit {type(model).__name__}: {said}. "
             "Build the model with the arguments it was trained with."
         )
-    model.load_state_dict(dict(state), strict=False)
-    return model
 
 
 def _stored(weights: QuantizedWeights) -> dict[str, Tensor]:
@@ -187,22 +219,23 @@ def _granularity(tensor: QuantizedTensor) -> str | int:
 
 
 def _weights(stored: dict[str, Tensor], metadata: Mapping[str, Any]) -> QuantizedWeights:
-    tensors = {name: _quantized(name, about, stored) for name, about in metadata["tensors"].items()}
+    tensors = {
+        name: unpack_tensor(_packed(name, about, stored))
+        for name, about in metadata["tensors"].items()
+    }
     left = tuple(LeftInFloat(*item) for item in metadata["left"])
     return QuantizedWeights(tensors, stored, metadata["aliases"], left)
 
 
-def _quantized(name: str, about: Mapping[str, Any], stored: dict[str, Tensor]) -> QuantizedTensor:
+def _packed(name: str, about: Mapping[str, Any], stored: dict[str, Tensor]) -> PackedTensor:
     """Take one weight's parts out of `stored`."""
     layout = Layout(tuple(about["shape"]), about["axis"], about["groups"])
-    bits = stored.pop(f"{name}.bits", about["bits"])
-    codes = unpack(stored.pop(f"{name}.q"), bits, (layout.rows, layout.columns))
     granularity = about["granularity"]
-    return QuantizedTensor(
-        codes,
+    return PackedTensor(
+        stored.pop(f"{name}.q"),
         stored.pop(f"{name}.scale"),
         stored.pop(f"{name}.zero", None),
-        bits,
+        stored.pop(f"{name}.bits", about["bits"]),
         about["levels"],
         granularity if isinstance(granularity, int) else layout.columns,
         layout,

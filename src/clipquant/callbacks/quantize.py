@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +11,21 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from clipquant.callbacks.evaluate import copy_module, validation_metrics
-from clipquant.model import QuantizedModel, quantize
+from clipquant.artifact import read_metadata
+from clipquant.budget import BudgetError
+from clipquant.callbacks.auto import choose_bits
+from clipquant.callbacks.evaluate import Judgement, copy_module, judge, validation_data
+from clipquant.callbacks.export import check_formats, check_installed, export_files
+from clipquant.model import AutoBits, QuantizedModel, check_auto, quantize
 from clipquant.quant.layers import select
 from clipquant.quant.model import check_method, specs_for
 from clipquant.quant.spec import QuantSpec
-from clipquant.report.record import QuantizationReport
+from clipquant.report.files import write_report
+from clipquant.report.record import Latency, QuantizationReport
 from clipquant.report.table import print_summary
 
 FILE = "model.safetensors"
@@ -31,7 +38,7 @@ class QuantizeOnFitEnd(pl.Callback):
     that it gives exactly what the file gives.
 
     Args:
-        bits: Width of a code, 1 to 8.
+        bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
         levels: Number of steps of the grid, instead of `2**bits - 1`.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
@@ -48,7 +55,8 @@ class QuantizeOnFitEnd(pl.Callback):
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
         weights: Which weights: those at the end ("last") or ModelCheckpoint's best ("best").
         dirpath: Folder of the file and the report. None: `quantized/` under the log directory.
-        export: Further formats to write.
+        export: Further formats to write beside the file: "pt2" (`model.pt2`), "onnx" (`model.onnx`)
+            and "onnx-int8" (`model.int8.onnx`). One that fails leaves its reason in the report.
         on_fail: What to do when a budget cannot be met.
 
     Attributes:
@@ -96,7 +104,13 @@ bits='auto' with max_drop or max_size to have it chosen.
                 "calibration_batches must be a whole number, 0 or more; got "
                 f"{calibration_batches!r}. 0 quantizes without data."
             )
-        self.spec = QuantSpec(bits, levels, symmetric, granularity)  # type: ignore[arg-type]
+        self.export = check_formats(export, calibration_batches)
+        self.calibration_batches, self.max_drop = calibration_batches, max_drop
+        self.max_size, self.on_fail = max_size, on_fail
+        self.auto = bits == "auto"
+        if bits == "auto":
+            check_auto(max_drop, max_size, method, levels, symmetric, granularity)
+        self.spec = QuantSpec(8 if bits == "auto" else bits, levels, symmetric, granularity)
         self.method = method
         self.monitor, self.mode = monitor, mode
         self.include, self.exclude, self.overrides = include, exclude, overrides
@@ -109,6 +123,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         """Refuse, before any training, what could only fail after it."""
         if stage != "fit":
             return
+        check_installed(self.export)
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             raise ValueError(
                 "QuantizeOnFitEnd needs whole weights at fit end; "
@@ -126,6 +141,21 @@ bits='auto' with max_drop or max_size to have it chosen.
         specs_for(select(pl_module, self.include, self.exclude).targets, self.spec, self.overrides)
         if trainer.is_global_zero:
             check_writable(self._folder(trainer))
+
+        if self.auto and self.max_drop is not None and validation_data(trainer, pl_module) is None:
+            raise ValueError(
+                "max_drop is judged on validation data, and the Trainer has none. Give it a "
+                "val_dataloader and a validation_step, or ask for max_size alone."
+            )
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out before training that the metric that shall judge is logged at all."""
+        monitor, _ = monitored(trainer, self.monitor, self.mode)
+        if self.auto and self.max_drop is not None and monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"max_drop watches {monitor!r}, which validation does not log; logged are "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}. Set monitor to one of them."
+            )
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -149,10 +179,49 @@ bits='auto' with max_drop or max_size to have it chosen.
         pl_module.load_state_dict(trainer.strategy.broadcast(state), strict=False)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> QuantizedModel:
-        module = copy_module(pl_module)
+        module = _copy_or_itself(pl_module)
         if self.weights == "best":
             load_best(trainer, module)
-        quantized = quantize(
+        monitor, mode = monitored(trainer, self.monitor, self.mode)
+        before = judge(trainer, module)
+        if self.auto:
+            quantized, after = self._quantize_auto(trainer, module, before, (monitor, mode))
+        else:
+            quantized = self._quantize_plain(module)
+            after = judge(trainer, module, quantized.state_dict())
+            quantized = quantized.reported(
+                float_metrics=before.metrics,
+                quantized_metrics=after.metrics,
+                monitor=monitor,
+                mode=mode,
+            )
+        quantized = quantized.reported(seed=_seed())
+        path = quantized.save(self._folder(trainer) / FILE)
+        self.artifact_path = path
+        self.report = replace(
+            quantized.report,
+            path=str(path),
+            sha256=read_metadata(path)["sha256"],
+            latency=_latency(before, after),
+        )
+        records = export_files(
+            trainer,
+            module,
+            replace(quantized, report=self.report),
+            self.export,
+            path.parent,
+            calibration_batches=self.calibration_batches,
+            max_drop=self.max_drop,
+        )
+        exports = tuple(record.to_dict() for record in records)
+        self.report = replace(self.report, exports=exports)
+        write_report(self.report, path.parent)
+        log_report(self.report, trainer.loggers, trainer.global_step)
+        print_summary(self.report)
+        return replace(quantized, report=self.report)
+
+    def _quantize_plain(self, module: pl.LightningModule) -> QuantizedModel:
+        return quantize(
             module,
             self.spec.bits,
             levels=self.spec.levels,
@@ -163,21 +232,30 @@ bits='auto' with max_drop or max_size to have it chosen.
             exclude=self.exclude,
             overrides=self.overrides,
         )
-        path = quantized.save(self._folder(trainer) / FILE)
-        before = validation_metrics(trainer, module)
-        after = validation_metrics(trainer, quantized.apply_to(module))  # type: ignore[arg-type]
-        monitor, mode = monitored(trainer, self.monitor, self.mode)
-        self.report = replace(
-            quantized.report,
-            float_metrics=before,
-            quantized_metrics=after,
-            monitor=monitor,
-            mode=mode,
-            path=str(path),
+
+    def _quantize_auto(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        before: Judgement,
+        judged_by: tuple[str, str],
+    ) -> tuple[QuantizedModel, Judgement]:
+        goal = AutoBits(
+            self.max_drop,
+            self.max_size,
+            *judged_by,
+            self.spec.granularity,
+            self.include,
+            self.exclude,
+            self.overrides,
         )
-        self.artifact_path = path
-        print_summary(self.report)
-        return quantized
+        found = choose_bits(trainer, module, goal, self.calibration_batches, before)
+        budget = found[0].report.budget
+        if budget is not None and budget.failure:
+            if self.on_fail == "raise":
+                raise BudgetError(f"{budget.failure}. Nothing was written; on_fail='warn' would.")
+            rank_zero_warn(f"Budget missed: {budget.failure}.")
+        return found
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         if self.dirpath is not None:
@@ -192,6 +270,50 @@ def monitored(trainer: pl.Trainer, monitor: str | None, mode: str | None) -> tup
         if own is not None and monitor in (None, own):
             return own, mode or callback.mode  # type: ignore[attr-defined]
     return monitor or "val_loss", mode or "min"
+
+
+def log_report(report: QuantizationReport, loggers: Iterable[Logger], step: int) -> None:
+    """Write the report's figures to the Trainer's loggers as metrics, its choices as hyper-parameters.
+
+    `self.log` raises at the end of a fit, so the loggers are told themselves; one that cannot take
+    them is named in a warning and the others still are told.
+    """
+    choices = {f"quantized/bits/{layer.name}": layer.bits for layer in report.layers}
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(choices)
+            logger.log_metrics(report.figures(), step)
+            logger.save()
+        except Exception as error:  # noqa: PERF203 - each logger fails by itself
+            rank_zero_warn(
+                f"{type(logger).__name__} did not take the quantization figures "
+                f"({type(error).__name__}: {error}); they stand in report.json."
+            )
+
+
+def _copy_or_itself(module: pl.LightningModule) -> pl.LightningModule:
+    """Return a copy of the module, or itself where it has none; `judge` tells the user of that."""
+    try:
+        return copy_module(module)
+    except Exception:
+        return module
+
+
+def _latency(before: Judgement, after: Judgement) -> Latency | None:
+    if before.median_ms is None or after.median_ms is None:
+        return None
+    return Latency(
+        before.median_ms,
+        after.median_ms,
+        before.batch,
+        torch.get_num_threads(),
+        "validation_step",
+    )
+
+
+def _seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return int(seed) if seed else None
 
 
 def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.grid import dequantize
+from clipquant.quant.calibrate import Calibrated, Progress, calibrate
+from clipquant.quant.grid import dequantize, from_codes
 from clipquant.quant.layers import Globs, LeftInFloat, Target, check_globs, select
+from clipquant.quant.observe import Forward, call_model
 from clipquant.quant.ranges import quantize_weight
+from clipquant.quant.solve import Solution, solve_free
 from clipquant.quant.spec import Granularity, QuantizedTensor, QuantSpec, check_bits
 
 METHODS = ("auto", "rtn", "mse", "hqq", "gptq", "adaround")
+CALIBRATED = ("gptq", "adaround")  # these need data
+
+_PLENTY = 7  # bits from which plain rounding loses nothing that data could save
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,14 @@ class QuantizedWeights:
         floats: State-dict key -> any other tensor, of any dtype.
         aliases: Key of a tied tensor -> the key under which it is held.
         left: What stays in float, and why.
+        notes: State-dict key -> what the reader should know of a weight, such as a fallback.
     """
 
     tensors: Mapping[str, QuantizedTensor]
     floats: Mapping[str, Tensor]
     aliases: Mapping[str, str]
     left: tuple[LeftInFloat, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every key of the model's state dict, the quantized weights dequantized."""
@@ -59,11 +68,15 @@ def quantize_weights(
     levels: int | None = None,
     symmetric: bool | None = None,
     granularity: Granularity = "channel",
+    method: str = "auto",
     include: Globs = None,
     exclude: Globs = None,
     overrides: Mapping[str, int] | None = None,
+    batches: Sequence[Any] | None = None,
+    forward: Forward = call_model,
+    progress: Progress | None = None,
 ) -> QuantizedWeights:
-    """Return the weights of `model` rounded to their min-max grids; the model is not touched.
+    """Return the weights of `model` as codes on their grids; the model is not touched.
 
     Args:
         model: Any module.
@@ -71,28 +84,81 @@ def quantize_weights(
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle.
         granularity: "tensor", "channel" or a group size.
+        method: "rtn", "mse" and "hqq" look at the weights alone; "gptq" and "adaround" need batches;
+            "auto" takes "rtn" from 7 bits up, else "gptq" with batches and "mse" without.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
+        batches: Calibration inputs, each as `forward` takes it. None: data-free.
+        forward: Runs a model on a batch; the model it gets is a copy in eval mode.
+        progress: Told the weight's name, the steps done and the steps in all, before each step.
 
     Raises:
         ValueError: For an impossible grid, a glob without a match, a model without weights to
-            quantize, or weights that are not finite.
+            quantize, weights or activations that are not finite, or a method that lacks its batches.
+        RuntimeError: If the model cannot run on a batch.
 
     >>> weights = quantize_weights(nn.Linear(3, 2), bits=4)
     >>> sorted(weights.tensors), sorted(weights.floats)
     (['weight'], ['bias'])
     """
-    spec = QuantSpec(bits, levels, symmetric, granularity)
+    check_method(method)
+    if method == "adaround":
+        raise ValueError(
+            "method='adaround' is not built yet; use 'gptq', which needs the same data."
+        )
+    if method in CALIBRATED and not batches:
+        raise ValueError(
+            f"method={method!r} calibrates on data; got none. Pass data (or calibration_batches above "
+            "0), or choose 'rtn', 'mse' or 'hqq'."
+        )
     selection = select(model, include, exclude)
-    specs = specs_for(selection.targets, spec, overrides)
+    specs = specs_for(selection.targets, QuantSpec(bits, levels, symmetric, granularity), overrides)
     check_finite(selection.targets)
-    tensors = {
-        target.name: quantize_weight(target.weight, specs[target.name], target.layout)
-        for target in selection.targets
-    }
+    methods = {name: method_for(method, spec, bool(batches)) for name, spec in specs.items()}
+    free = [t for t in selection.targets if methods[t.name] not in CALIBRATED]
+    tensors = {t.name: _free_tensor(t, specs[t.name], methods[t.name]) for t in free}
+    found = Calibrated({}, {}, {}, model)
+    rest = [t for t in selection.targets if methods[t.name] in CALIBRATED]
+    if rest and batches:
+        found = calibrate(
+            model, rest, specs, batches, methods, fixed=tensors, forward=forward, progress=progress
+        )
+    for target in rest:
+        tensors[target.name] = _tensor_of(target, specs[target.name], found.solutions[target.name])
+    floats = rest_of(model, tensors, selection.aliases)
     return QuantizedWeights(
-        tensors, rest_of(model, tensors, selection.aliases), selection.aliases, selection.left
+        {t.name: tensors[t.name] for t in selection.targets},
+        floats | {name: bias for name, bias in found.biases.items() if name in floats},
+        selection.aliases,
+        selection.left,
+        {name: "; ".join(notes) for name, notes in found.notes.items()},
+    )
+
+
+def method_for(method: str, spec: QuantSpec, data: bool) -> str:
+    """Return the method that "auto" stands for, on a grid, with data or without; any other as it is.
+
+    >>> method_for("auto", QuantSpec(bits=3), data=True)
+    'gptq'
+    """
+    if method != "auto":
+        return method
+    if spec.width >= _PLENTY or (spec.granularity == "tensor" and spec.levels is not None):
+        return "rtn"
+    return "gptq" if data else "mse"
+
+
+def _free_tensor(target: Target, spec: QuantSpec, method: str) -> QuantizedTensor:
+    if method == "rtn":
+        return quantize_weight(target.weight, spec, target.layout)
+    matrix = target.layout.fold(target.weight.detach())
+    return _tensor_of(target, spec, solve_free(matrix, spec, method))
+
+
+def _tensor_of(target: Target, spec: QuantSpec, found: Solution) -> QuantizedTensor:
+    return from_codes(
+        found.codes, found.grid, spec.width, target.layout, target.weight.dtype, found.method
     )
 
 

@@ -39,7 +39,7 @@ def unpack(data: Tensor, bits: int | Tensor, shape: tuple[int, ...]) -> Tensor:
 
     Args:
         data: uint8 (bytes,).
-        bits: As given to `pack`.
+        bits: As given to `pack`, or 0: codes that are all zero and take no bytes.
         shape: Shape of the codes.
 
     Returns:
@@ -59,8 +59,9 @@ def unpack(data: Tensor, bits: int | Tensor, shape: tuple[int, ...]) -> Tensor:
         return _unpack_rows(data, bits, shape[1])
     if bits == 8:
         return data.clone().reshape(shape)
-    parts = [_unpack_dense(part, bits) for part in torch.split(data, _CHUNK // 8 * bits)]
-    return torch.cat(parts or [data])[: math.prod(shape)].reshape(shape)
+    if bits == 0:
+        return torch.zeros(shape, dtype=torch.uint8, device=data.device)
+    return _unpack_dense(data, bits)[: math.prod(shape)].reshape(shape)
 
 
 def packed_bytes(bits: int | Tensor, shape: tuple[int, ...]) -> int:
@@ -97,15 +98,24 @@ def _pack_dense(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_dense(data: Tensor, bits: int) -> Tensor:
-    """Unpack a flat run of bytes into codes, the padding's included."""
+    """Unpack a flat run of bytes into codes, the padding's included.
+
+    All of it in uint8, where a shift to the left drops what leaves the byte, and in shapes that
+    depend on no value, so that a graph can hold it.
+    """
     mask = (1 << bits) - 1
     if bits in (1, 2, 4):
-        parts = [(data >> shift) & mask for shift in range(0, 8, bits)]
-        return torch.stack(parts, dim=1).reshape(-1)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
+        return ((data[:, None] >> shifts) & mask).reshape(-1)
     data = torch.nn.functional.pad(data, (0, -data.numel() % bits)).reshape(-1, bits)
-    words = (data.to(torch.int64) << torch.arange(0, 8 * bits, 8, device=data.device)).sum(1)
-    codes = (words[:, None] >> torch.arange(0, 8 * bits, bits, device=data.device)) & mask
-    return codes.to(torch.uint8).reshape(-1)
+    codes = []
+    for first in range(0, 8 * bits, bits):  # eight codes of width b in b bytes
+        byte, shift = divmod(first, 8)
+        code = data[:, byte] >> shift
+        if shift + bits > 8:
+            code = code | (data[:, byte + 1] << (8 - shift))
+        codes.append(code & mask)
+    return torch.stack(codes, dim=1).reshape(-1)
 
 
 def _pack_rows(codes: Tensor, bits: Tensor) -> Tensor:

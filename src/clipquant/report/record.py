@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from clipquant.quant.grid import dequantize
 from clipquant.quant.layers import LeftInFloat
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.pack import packed_bytes
-from clipquant.quant.spec import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How a float weight's values lie, and the grid of its most typical row.
+
+    Args:
+        low: Smallest weight.
+        high: Largest weight.
+        counts: Weights in each of equally wide bins from `low` to `high`, relative to the fullest
+            bin, which is 63.
+        levels: Values of the grid of the row of median step among those of the commonest width.
+        row: Which row that is.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    levels: tuple[float, ...] = ()
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,9 @@ class LayerRecord:
             infinite where nothing was lost.
         bytes: Of its codes, scales and zeros.
         note: What the reader should know, such as a fallback.
+        sensitivity: Expected increase of the loss by its rounding, where it was estimated.
+        rows: Width of a code -> output channels that have it.
+        histogram: Of the float weights.
     """
 
     name: str
@@ -38,6 +55,66 @@ class LayerRecord:
     sqnr_db: float
     bytes: int
     note: str = ""
+    sensitivity: float | None = None
+    rows: Mapping[int, int] = field(default_factory=dict)
+    histogram: Histogram | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One allocation of bits that a search for a budget has judged.
+
+    Args:
+        size_bytes: Bytes of its file.
+        value: The monitored metric, where it was measured.
+        what: How its bits were given: "rows" or "uniform".
+        chosen: Whether it is the one in the file.
+    """
+
+    size_bytes: int
+    value: float | None = None
+    what: str = "rows"
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked of the file, and the search that answered.
+
+    Args:
+        max_drop: Most that the monitored metric may lose, in its own units.
+        max_size: Most bytes of the file.
+        trials: Every allocation judged, in order.
+        failure: Why a budget was missed; empty where all are met.
+    """
+
+    max_drop: float | None = None
+    max_size: int | None = None
+    trials: tuple[Trial, ...] = ()
+    failure: str = ""
+
+    @property
+    def met(self) -> bool:
+        return not self.failure
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of a step before and after quantizing, measured on this machine.
+
+    Args:
+        float_ms: Of the float model.
+        quantized_ms: Of the model holding the dequantized weights.
+        batch: Samples a step.
+        threads: Threads that torch used.
+        what: What was timed.
+    """
+
+    float_ms: float
+    quantized_ms: float
+    batch: int
+    threads: int
+    what: str = "forward"
 
 
 @dataclass(frozen=True)
@@ -55,6 +132,14 @@ class QuantizationReport:
         monitor: The metric that judges, where there is one.
         mode: Whether that metric is better when smaller ("min") or larger ("max").
         path: The file, once written.
+        budget: What was asked and found, with bits="auto".
+        environment: Versions and machine: name -> value.
+        seed: The run's seed, where one was set.
+        sha256: Of the file, as it stands in its metadata.
+        calibration: Which data the quantizer saw, in words.
+        latency: Before and after, where it was measured.
+        exports: What each further file came to: format, path, bytes, difference, notes, metrics,
+            latency and error.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -67,71 +152,83 @@ class QuantizationReport:
     monitor: str | None = None
     mode: str | None = None
     path: str | None = None
+    budget: Budget | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    sha256: str | None = None
+    calibration: str = ""
+    latency: Latency | None = None
+    exports: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def ratio(self) -> float:
         """How many times smaller the file is than the float model."""
         return self.float_bytes / self.size_bytes
 
+    @property
+    def drop(self) -> float | None:
+        """How much worse the monitored metric got, in its own units; below 0: it got better."""
+        before = self.float_metrics.get(self.monitor or "")
+        after = self.quantized_metrics.get(self.monitor or "")
+        return None if before is None or after is None else drop_of(before, after, self.mode)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the budgets are met, or without any what was gained, in one line."""
+        size = f"{self.size_bytes:,} bytes, {self.ratio:.2f} times smaller"
+        if self.drop is not None:
+            size += f"; {self.monitor} {_change(self.drop)}"
+        if self.budget is None:
+            return size
+        if self.budget.failure:
+            return f"Budget missed: {self.budget.failure} ({size})"
+        limits = []
+        if self.budget.max_drop is not None:
+            limits.append(f"drop at most {self.budget.max_drop:g}")
+        if self.budget.max_size is not None:
+            limits.append(f"at most {self.budget.max_size:,} bytes")
+        return f"Budget met: {' and '.join(limits)} ({size})"
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures that a logger keeps, each under `quantized/...`."""
+        own: dict[str, float] = {
+            "size_bytes": self.size_bytes,
+            "ratio": self.ratio,
+            "bits_per_weight": self.bits_per_weight,
+        }
+        if self.drop is not None:
+            own["drop"] = self.drop
+        if self.budget is not None:
+            own["budget_met"] = float(self.budget.met)
+        return {f"quantized/{k}": float(v) for k, v in {**self.quantized_metrics, **own}.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-able values, infinities and NaN as null."""
-        return {**_jsonable(asdict(self)), "ratio": self.ratio}
+        computed = {"ratio": self.ratio, "drop": self.drop, "verdict": self.verdict}
+        return {**jsonable(asdict(self)), **jsonable(computed)}
 
 
-def layer_records(
-    weights: QuantizedWeights, originals: Mapping[str, Tensor]
-) -> tuple[LayerRecord, ...]:
-    """Return one record a quantized weight.
+def drop_of(before: float, after: float, mode: str | None) -> float:
+    """Return how much worse a metric got: before - after for mode "max", after - before for "min".
 
-    Args:
-        weights: The quantized weights.
-        originals: State-dict key -> float weight.
+    >>> drop_of(0.9, 0.8, "max") > 0, drop_of(0.2, 0.1, "min") > 0
+    (True, False)
     """
-    return tuple(
-        LayerRecord(
-            name,
-            tensor.layout.shape,
-            tensor.code_bits / max(tensor.numel, 1),
-            tensor.method,
-            sqnr_db(originals[name], dequantize(tensor)),
-            stored_bytes(tensor),
-        )
-        for name, tensor in weights.tensors.items()
-    )
+    return before - after if mode == "max" else after - before
 
 
-def stored_bytes(tensor: QuantizedTensor) -> int:
-    """Return the bytes of a weight's codes, scales, zeros and bits in the file."""
-    parts = (tensor.scale, tensor.zero, tensor.bits)
-    side = sum(part.nbytes for part in parts if isinstance(part, Tensor))
-    return packed_bytes(tensor.bits, tuple(tensor.codes.shape)) + side
-
-
-def bits_per_weight(tensors: Iterable[QuantizedTensor]) -> float:
-    """Return the bits that a weight takes on average, its share of scales included."""
-    tensors = list(tensors)
-    return 8 * sum(map(stored_bytes, tensors)) / max(sum(t.numel for t in tensors), 1)
-
-
-def sqnr_db(weight: Tensor, quantized: Tensor) -> float:
-    """Return 10 log10(sum w^2 / sum (w - w_q)^2) in dB.
-
-    >>> import torch
-    >>> round(sqnr_db(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.8])), 2)
-    20.0
-    """
-    signal = float(weight.detach().double().square().sum())
-    noise = float((weight.detach().double() - quantized.double()).square().sum())
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Return nested values as JSON takes them, with None for NaN and the infinities."""
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _change(drop: float) -> str:
+    if drop == 0:
+        return "unchanged"
+    return f"{'worse' if drop > 0 else 'better'} by {abs(drop):.4g}"

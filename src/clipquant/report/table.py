@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from clipquant.report.record import QuantizationReport
+from clipquant.report.record import LayerRecord, QuantizationReport
+
+LAYER_HEADER = ("weight", "shape", "bits", "method", "SQNR dB", "sensitivity", "bytes", "share")
 
 
 def summary_rows(report: QuantizationReport) -> list[tuple[str, str, str]]:
@@ -14,24 +17,89 @@ def summary_rows(report: QuantizationReport) -> list[tuple[str, str, str]]:
         (
             name + (" (monitored)" if name == report.monitor else ""),
             f"{value:.6g}",
-            f"{report.quantized_metrics[name]:.6g}",
+            f"{report.quantized_metrics.get(name, math.nan):.6g}",
         )
         for name, value in report.float_metrics.items()
     ]
     bits = f"{report.bits_per_weight:.2f}"
-    return [
-        *rows,
+    rows += [
         ("bytes", f"{report.float_bytes:,}", f"{report.size_bytes:,}"),
         ("ratio", "1", f"{report.ratio:.2f} times smaller"),
         ("bits per weight, scales included", "32", bits),
     ]
+    if report.latency is not None:
+        timed = report.latency
+        what = f"ms, {timed.what}, batch {timed.batch}, {timed.threads} threads"
+        rows.append((what, f"{timed.float_ms:.2f}", f"{timed.quantized_ms:.2f}"))
+    return rows
+
+
+def layer_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
+    """Return one row a quantized weight, under `LAYER_HEADER`."""
+    return [
+        (
+            layer.name,
+            "x".join(map(str, layer.shape)),
+            f"{layer.bits:.3g}" + (" mixed" if len(layer.rows) > 1 else ""),
+            layer.method,
+            figure(layer.sqnr_db, ".1f"),
+            figure(layer.sensitivity, ".2e"),
+            f"{layer.bytes:,}",
+            f"{layer.bytes / report.size_bytes:.1%}",
+        )
+        for layer in report.layers
+    ]
+
+
+def compare_rows(one: QuantizationReport, other: QuantizationReport) -> list[tuple[str, ...]]:
+    """Return the rows (what, of the one, of the other) that lay two reports side by side."""
+    rows: list[tuple[str, ...]] = [
+        ("bytes", f"{one.size_bytes:,}", f"{other.size_bytes:,}"),
+        ("times smaller than float", f"{one.ratio:.2f}", f"{other.ratio:.2f}"),
+        ("bits per weight", f"{one.bits_per_weight:.2f}", f"{other.bits_per_weight:.2f}"),
+    ]
+    rows += [
+        (name, *(figure(side.quantized_metrics.get(name), ".6g") for side in (one, other)))
+        for name in dict.fromkeys([*one.quantized_metrics, *other.quantized_metrics])
+    ]
+    layers = [{layer.name: layer for layer in report.layers} for report in (one, other)]
+    names = dict.fromkeys([*layers[0], *layers[1]])
+    return rows + [(name, *(_brief(side.get(name)) for side in layers)) for name in names]
+
+
+def print_report(report: QuantizationReport) -> None:
+    """Print everything there is: verdict, figures, every weight, and what stays in float."""
+    print_summary(report)
+    print_table("Weights", LAYER_HEADER, layer_rows(report))
+    if report.left:
+        rows = [(item.name, f"{item.bytes:,}", item.why) for item in report.left]
+        print_table("Left in float", ("tensor", "bytes", "why"), rows)
 
 
 def print_summary(report: QuantizationReport) -> None:
     """Print the table at the end of a fit, and where the file stands."""
     print_table("Quantized", ("", "float", "quantized"), summary_rows(report))
+    if report.budget is not None:
+        print(report.verdict)
     if report.path:
         print(f"Artifact: {report.path}")
+    for line in export_lines(report):
+        print(line)
+
+
+def export_lines(report: QuantizationReport) -> list[str]:
+    """Return what each export came to, its notes and warnings beneath it."""
+    lines = []
+    for export in report.exports:
+        if export["error"]:
+            lines.append(f"Export {export['format']} failed: {export['error']}")
+            continue
+        figures = [f"{export['bytes']:,} bytes"]
+        figures += [f"{name} {value:.6g}" for name, value in export["metrics"].items()]
+        figures += [f"{name} {value:.3g}" for name, value in export["latency"].items()]
+        lines.append(f"Export {export['format']}: {export['path']} ({'; '.join(figures)})")
+        lines += [f"  {note}" for note in export["notes"]]
+    return lines
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -41,12 +109,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 
@@ -66,3 +135,21 @@ def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         figures = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
         lines.append("  ".join([row[0].ljust(widths[0]), *figures]).rstrip())
     return "\n".join(lines)
+
+
+def figure(value: float | None, form: str) -> str:
+    """Return a figure as text: a dash where it was not measured, "exact" where nothing was lost.
+
+    >>> figure(None, ".1f"), figure(float("inf"), ".1f"), figure(21.28, ".1f")
+    ('-', 'exact', '21.3')
+    """
+    if value is None or math.isnan(value):
+        return "-"
+    return "exact" if value == math.inf else format(value, form)
+
+
+def _brief(layer: LayerRecord | None) -> str:
+    if layer is None:
+        return "float or absent"
+    sqnr = figure(layer.sqnr_db, ".1f")
+    return f"{layer.bits:.3g} bits, {layer.method}, {sqnr} dB, {layer.bytes:,} bytes"

@@ -1,0 +1,282 @@
+"""The smallest drop for a size, or the smallest size for a drop, judged by the user's own metric."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from clipquant.quant.allocate import MAX_TRIALS, smallest_that_holds
+from clipquant.quant.auto import Allocator
+from clipquant.quant.model import QuantizedWeights
+from clipquant.report.record import Budget, Trial, drop_of
+
+Metrics = Mapping[str, float]
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZES = 400  # that a search for the smallest size chooses from: 9 bisections
+_CURVE = (0.8, 0.6)  # shares of a size budget that are measured too, to show what less would cost
+
+
+class BudgetError(ValueError):
+    """A budget that cannot be met, or cannot be judged: says what is missing."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for.
+
+    Args:
+        max_drop: Most that the monitored metric may lose.
+        max_size: Most bytes of the file.
+        monitor: The metric.
+        mode: Whether it is better when smaller ("min") or larger ("max").
+    """
+
+    max_drop: float | None
+    max_size: int | None
+    monitor: str
+    mode: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The weights chosen, their widths and metrics, and the search that led to them."""
+
+    weights: QuantizedWeights
+    bits: Mapping[str, Tensor]
+    metrics: Metrics
+    budget: Budget
+
+
+def check_budget(max_drop: object, max_size: object) -> None:
+    """Raise unless the two budgets are such as can be asked for.
+
+    >>> check_budget(-0.1, None)
+    Traceback (most recent call last):
+    ...
+    ValueError: max_drop must be a finite number, 0 or more, in the units of the monitored metric; got -0.1.
+    """
+    if max_drop is not None and (
+        isinstance(max_drop, bool)
+        or not isinstance(max_drop, (int, float))
+        or not 0 <= max_drop < math.inf
+    ):
+        raise ValueError(
+            "max_drop must be a finite number, 0 or more, in the units of the monitored metric; "
+            f"got {max_drop!r}."
+        )
+    if max_size is not None:
+        size_in_bytes(max_size, 2**62)
+
+
+def size_in_bytes(max_size: object, float_bytes: int) -> int:
+    """Return a size budget in bytes.
+
+    Args:
+        max_size: A whole number of bytes, a share of the float size between 0 and 1, or a text as
+            "300kB", "300 kb", "1.5 MB" (powers of 1000) or "2MiB" (of 1024).
+        float_bytes: Bytes of the float model.
+
+    Raises:
+        ValueError: For anything else, quoting it.
+
+    >>> size_in_bytes("300 kb", 0), size_in_bytes(0.25, 1000), size_in_bytes("2 MiB", 0)
+    (300000, 250, 2097152)
+    """
+    if isinstance(max_size, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", max_size, re.IGNORECASE)
+        size = 0 if found is None else int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+        if size > 0:
+            return size
+    elif isinstance(max_size, int) and not isinstance(max_size, bool) and max_size > 0:
+        return max_size
+    elif isinstance(max_size, float) and 0 < max_size < 1:
+        return int(max_size * float_bytes)
+    elif isinstance(max_size, float) and max_size >= 1 and max_size.is_integer():
+        return int(max_size)
+    raise ValueError(
+        "max_size must be a whole number of bytes, a share of the float size between 0 and 1, or a "
+        f"text as '300kB' or '1.5 MB'; got {max_size!r}."
+    )
+
+
+def meet(
+    goal: Goal,
+    found: Allocator,
+    size_of: Callable[[QuantizedWeights], int],
+    before: Metrics,
+    judge: Callable[[QuantizedWeights], Metrics] | None,
+    spare: int = 0,
+) -> Outcome:
+    """Return the weights that meet a goal, or come nearest to it, with the search that found them.
+
+    With `max_size` alone the budget is filled; with `max_drop` alone the smallest file that was
+    measured to hold is returned; with both, the fullest file that fits is, if it holds, and else the
+    smallest larger one that does.
+
+    Args:
+        goal: What is asked for.
+        found: The weights on grids of every width.
+        size_of: Bytes of the file that holds some weights.
+        before: Metrics of the float model.
+        judge: Metrics of the model with some weights. None: sizes alone can be met.
+        spare: Bytes to leave for what the file will say of the search itself.
+
+    Raises:
+        BudgetError: If the metric was not logged or is NaN, or no file is as small as `max_size`.
+    """
+    return _Search(goal, found, size_of, before, judge, spare).run()
+
+
+class _Search:
+    """One search: what it was asked, and the trials so far."""
+
+    def __init__(
+        self,
+        goal: Goal,
+        found: Allocator,
+        size_of: Callable[[QuantizedWeights], int],
+        before: Metrics,
+        judge: Callable[[QuantizedWeights], Metrics] | None,
+        spare: int,
+    ) -> None:
+        self.goal, self.found, self.size_of, self.judge = goal, found, size_of, judge
+        self.spare = spare
+        self.before = _monitored(before, goal, judge is not None)
+        self.tried: list[tuple[Outcome, Trial]] = []
+        least = found.weights(found.frontier.fill(found.frontier.least_bytes))
+        self.smallest = size_of(least) + spare
+        self.overhead = self.smallest - found.frontier.least_bytes
+
+    def run(self) -> Outcome:
+        """Search as the goal says, and mark what is chosen."""
+        goal = self.goal
+        if goal.max_size is not None and goal.max_size < self.smallest:
+            raise BudgetError(
+                f"max_size={goal.max_size:,} bytes is below the smallest possible file, "
+                f"{self.smallest:,} bytes with 0 bits for every row (scales, tensors left in float and "
+                "metadata remain). Ask for more, or quantize more of the model."
+            )
+        if goal.max_drop is None:
+            return self._chosen(self._fill(), "")
+        if goal.max_size is not None:
+            full = self._try(self._bits(goal.max_size))
+            if self._holds(full):
+                return self._chosen(full, "")
+        return self._least()
+
+    def _fill(self) -> int:
+        """Return the best of what fits the size: by rows, or one width where that measured better."""
+        limit = self.goal.max_size or 0
+        best = self._try(self._bits(limit))
+        if self.judge is None:
+            return best
+        fits = [w for w in range(1, 9) if self._uniform_size(w) <= limit]
+        if fits:
+            other = self._try(self.found.uniform(fits[-1]), "uniform")
+            if self._drop(other) < self._drop(best):
+                best = other
+        for share in _CURVE:
+            if share * limit > self.smallest:
+                self._try(self._bits(int(share * limit)))
+        return best
+
+    def _least(self) -> Outcome:
+        """Return the smallest allocation measured to hold; without one, the nearest."""
+        goal, edge = self.goal, self.found.frontier
+        first = max(edge.least_bytes, (goal.max_size or 0) - self.overhead, edge.most_bytes // 40)
+        points = torch.logspace(
+            math.log(max(first, 1)), math.log(max(edge.most_bytes, 2)), _SIZES, math.e
+        )
+        sizes = sorted({min(int(point) + 1, edge.most_bytes) for point in points.double().tolist()})
+        at: dict[int, int] = {}
+
+        def holds(code_bytes: int) -> bool:
+            at[code_bytes] = self._try(self.found.frontier.fill(code_bytes))
+            return self._holds(at[code_bytes])
+
+        answer = smallest_that_holds(holds, sizes, MAX_TRIALS - len(self.tried))
+        if answer.size is None:
+            nearest = min(range(len(self.tried)), key=self._drop)
+            said = f"no allocation keeps the drop of {goal.monitor} within {goal.max_drop:g}; the least is"
+            return self._chosen(nearest, f"{said} {self._drop(nearest):.4g}")
+        return self._chosen(at[answer.size], "")
+
+    def _bits(self, file_bytes: int) -> dict[str, Tensor]:
+        """Return the allocation that fills a file of at most so many bytes."""
+        room = file_bytes - self.overhead
+        while True:
+            bits = self.found.frontier.fill(max(room, self.found.frontier.least_bytes))
+            over = self.size_of(self.found.weights(bits)) + self.spare - file_bytes
+            if over <= 0 or room <= self.found.frontier.least_bytes:
+                return bits
+            room -= over
+
+    def _uniform_size(self, width: int) -> int:
+        choices = self.found.frontier.choices
+        bits = self.found.uniform(width)
+        rows = sum(
+            c.row_bytes(int(bits[n][0])) * len(c.losses) for n, c in choices.items() if len(bits[n])
+        )
+        return self.overhead + rows
+
+    def _try(self, bits: Mapping[str, Tensor], what: str = "rows") -> int:
+        """Measure an allocation; return its index."""
+        weights = self.found.weights(bits)
+        metrics = {} if self.judge is None else self.judge(weights)
+        trial = Trial(self.size_of(weights), metrics.get(self.goal.monitor), what)
+        self.tried.append((Outcome(weights, bits, metrics, Budget()), trial))
+        return len(self.tried) - 1
+
+    def _drop(self, index: int) -> float:
+        value = self.tried[index][1].value
+        if value is None or self.before is None or math.isnan(value):
+            return math.inf
+        return drop_of(self.before, value, self.goal.mode)
+
+    def _holds(self, index: int) -> bool:
+        return self._drop(index) <= (self.goal.max_drop or 0.0) + 1e-9
+
+    def _chosen(self, index: int, failure: str) -> Outcome:
+        trials = tuple(
+            replace(trial, chosen=number == index) for number, (_, trial) in enumerate(self.tried)
+        )
+        budget = Budget(self.goal.max_drop, self.goal.max_size, trials, failure)
+        return replace(self.tried[index][0], budget=budget)
+
+
+def missed_size(goal: Goal, size: int) -> str:
+    """Return why a file of this size misses the goal; empty where it does not.
+
+    >>> missed_size(Goal(0.1, 300, "acc", "max"), 400)
+    'max_drop=0.1 needs 400 bytes, more than max_size=300'
+    """
+    if goal.max_size is None or size <= goal.max_size:
+        return ""
+    return f"max_drop={goal.max_drop or 0:g} needs {size:,} bytes, more than max_size={goal.max_size:,}"
+
+
+def _monitored(before: Metrics, goal: Goal, judged: bool) -> float | None:
+    """Return the float model's metric, or raise where a drop is asked for and cannot be judged."""
+    value = before.get(goal.monitor)
+    if goal.max_drop is None:
+        return value
+    if not judged or not before:
+        raise BudgetError(
+            "max_drop is judged on validation data, and there is none. Give the Trainer validation "
+            "data (quantize(): a score), or ask for max_size alone."
+        )
+    if value is None:
+        raise BudgetError(
+            f"max_drop watches {goal.monitor!r}, which was never logged in validation; logged were "
+            f"{', '.join(sorted(before)) or 'none'}. Set monitor to one of them."
+        )
+    if math.isnan(value):
+        raise BudgetError(
+            f"the float model's {goal.monitor} is NaN, so no drop can be told. Mend the metric or the training."
+        )
+    return value

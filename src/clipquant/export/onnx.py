@@ -1,0 +1,296 @@
+"""An ONNX file with float activations, whose quantized weights stand in it as integers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from clipquant.export.capture import Capture, capture, quiet
+from clipquant.export.example import Example, ExportError, largest_difference, reason
+from clipquant.export.onnx_weights import emit_weight, stored_weight, stored_width
+from clipquant.export.record import ExportRecord, write_whole
+from clipquant.quant.model import QuantizedWeights
+from clipquant.quant.spec import QuantizedTensor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+BASE_OPSET = 20
+_IR_VERSION = {2: 13}  # of the file, where its integers need a later one than the exporter writes
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "onnx_ir")
+
+
+def require_onnx() -> None:
+    """Raise unless everything that an ONNX export takes is installed.
+
+    Raises:
+        ImportError: Naming what is missing and the extra that brings it.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"export to ONNX needs {', '.join(missing)}, not installed here: "
+            "pip install 'clipquant[onnx]'."
+        )
+
+
+def export_onnx(
+    model: nn.Module,
+    weights: QuantizedWeights,
+    example: Example,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+) -> ExportRecord:
+    """Write an ONNX file that holds the quantized weights as integers, with DequantizeLinear.
+
+    Widths of 1 and 2 bits take two bits a code, 3 and 4 take four, 5 to 8 take eight; what is
+    stored wider than the artifact holds it stands in the notes. A fractional zero is subtracted
+    after DequantizeLinear, exactly.
+
+    Args:
+        model: A module of the architecture that was quantized; not touched.
+        weights: Its quantized weights.
+        example: A call that it accepts.
+        path: Name of the file.
+        opset: Version of the operator set, 18 or later. None: the lowest from 20 that holds the
+            widths.
+
+    Returns:
+        What was written, with the largest difference of onnxruntime's outputs from the
+        dequantized model's.
+
+    Raises:
+        ImportError: If onnx or onnxruntime is missing; names the extra.
+        ExportError: If the model cannot be captured, has no ONNX form, or needs a later opset.
+        OSError: If the file cannot be written.
+    """
+    require_onnx()
+    plain = dequantized_copy(model, weights)
+    captured = capture(plain, example)
+    names = output_names(captured.example.run(plain))
+    failures: list[str] = []
+    for version in _versions(weights, opset):
+        try:
+            data, notes = _build(captured, weights, version, names)
+            difference = _difference(plain, captured, data)
+        except Exception as error:  # exporter and runtime raise errors of many kinds
+            failures.append(f"opset {version}: {reason(error)}")
+            continue
+        write_whole(path, data)
+        said = (*captured.notes, *notes, *failures)
+        return ExportRecord("onnx", str(path), len(data), difference, said)
+    raise ExportError(
+        f"{type(model).__name__} has no ONNX form here: {'; '.join(failures)}. "
+        "Export pt2, or replace the operator that is named."
+    )
+
+
+def dequantized_copy(model: nn.Module, weights: QuantizedWeights) -> nn.Module:
+    """Return a copy of `model` in eval mode that holds the dequantized weights."""
+    copied = copy.deepcopy(model).eval()
+    copied.load_state_dict(weights.state_dict())
+    return copied
+
+
+def open_session(file: bytes | str | Path, threads: int | None = None) -> ort.InferenceSession:
+    """Return an onnxruntime session that turns integer weights into floats once, when it loads.
+
+    Args:
+        file: The file's bytes or name.
+        threads: Threads of one operator; None: onnxruntime's choice.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    source = file if isinstance(file, bytes) else str(file)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def open_any(file: str | Path, threads: int | None = None) -> ort.InferenceSession:
+    """Return a session that suits a file: computing in int8 where it quantizes activations."""
+    import onnx
+    import onnxruntime as ort
+
+    graph = onnx.load(file).graph
+    if not any(node.op_type == "QuantizeLinear" for node in graph.node):
+        return open_session(file, threads)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def feeds(session: ort.InferenceSession, example: Example) -> dict[str, np.ndarray]:
+    """Return a call's tensors under the names of a session's inputs, in their order."""
+    arrays = [tensor.detach().cpu().numpy() for tensor in example.tensors]
+    return dict(zip([i.name for i in session.get_inputs()], arrays, strict=True))
+
+
+def output_names(outputs: Any) -> list[str]:
+    """Return a name for each tensor of a model's outputs, from its keys or place.
+
+    >>> output_names(torch.ones(1)), output_names({"logits": torch.ones(1)})
+    (['output'], ['logits'])
+    """
+    leaves, _ = pytree.tree_flatten_with_path(outputs)
+    paths = [path for path, leaf in leaves if isinstance(leaf, Tensor)]
+    if len(paths) == 1 and not paths[0]:
+        return ["output"]
+    steps = [[str(getattr(k, "key", getattr(k, "idx", k))) for k in path] for path in paths]
+    return ["_".join(s if not s[0].isdigit() else ["output", *s]) for s in steps]
+
+
+def to_ir(captured: Capture, opset: int, names: list[str]) -> ir.Model:
+    """Return a captured model as torch's exporter writes it, nothing folded."""
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            captured.program,
+            (),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            output_names=names,
+        )
+    if program is None:
+        raise ExportError("torch's exporter gave no model.")
+    return program.model
+
+
+def _versions(weights: QuantizedWeights, opset: int | None) -> list[int]:
+    """Return the opsets to try, the one that suits the widths best first."""
+    forms = [stored_weight(tensor).opset for tensor in weights.tensors.values()]
+    if opset is not None:
+        return [opset]
+    best = max([BASE_OPSET, *forms])
+    return [best, *(version for version in (21, BASE_OPSET) if version < best)]
+
+
+def _build(
+    captured: Capture, weights: QuantizedWeights, opset: int, names: list[str]
+) -> tuple[bytes, tuple[str, ...]]:
+    """Return the file's bytes and its notes."""
+    import onnx
+    import onnx_ir as ir
+
+    model = to_ir(captured, opset, names)
+    held = dict(_held(model.graph, weights))
+    _optimize_around(model, held)
+    for value, name in held.items():
+        _insert(model.graph, value, weights.tensors[name], opset)
+    if any(stored_width(weights.tensors[name], opset) == 2 for name in held.values()):
+        model.ir_version = max(model.ir_version, _IR_VERSION[2])
+    _anonymous(model)
+    if captured.dynamic:
+        _name_batch(model.graph)
+    model.producer_name = "clipquant"
+    model.doc_string = (
+        "Weights are integers. In onnxruntime set session.disable_quant_qdq=1, which turns them "
+        "into floats once, when the file is loaded, instead of at every call."
+    )
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString(), tuple(_widened(weights, held.values(), opset))
+
+
+def _held(graph: ir.Graph, weights: QuantizedWeights) -> Iterator[tuple[ir.Value, str]]:
+    """Yield each initializer of the graph that is a quantized weight, with the weight's key."""
+    keys = {name: name for name in weights.tensors}
+    keys |= {a: name for a, name in weights.aliases.items() if name in weights.tensors}
+    for key, name in keys.items():
+        if key in graph.initializers:
+            yield graph.initializers[key], name
+
+
+def _optimize_around(model: ir.Model, held: Mapping[ir.Value, str]) -> None:
+    """Simplify the graph with the quantized weights as inputs, so that none is folded away."""
+    import onnxscript.optimizer
+
+    for value in held:
+        model.graph.initializers.pop(str(value.name))
+        value.const_value = None
+        model.graph.inputs.append(value)
+    with quiet():
+        onnxscript.optimizer.optimize_ir(model)
+    for value in held:
+        model.graph.inputs.remove(value)
+
+
+def _insert(graph: ir.Graph, value: ir.Value, tensor: QuantizedTensor, opset: int) -> None:
+    """Put a weight's integers and the nodes that dequantize them in the place of `value`.
+
+    A Transpose between them and a MatMul stays: without it onnxruntime would take both for a
+    product that it may compute with activations rounded to 8 bits.
+    """
+    import onnx_ir as ir
+
+    emit = emit_weight(str(value.name), tensor, stored_weight(tensor, opset))
+    weight = emit.nodes[-1].outputs[0]
+    ir.convenience.replace_all_uses_with(value, weight)
+    for initializer in emit.initializers:
+        graph.register_initializer(initializer)
+    graph.insert_before(graph[0], emit.nodes)
+    weight.name, weight.type, weight.shape = value.name, value.type, value.shape
+
+
+def _anonymous(model: ir.Model) -> None:
+    """Take out the source lines and paths that the exporter leaves for those who debug it."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _name_batch(graph: ir.Graph) -> None:
+    """Call the batch dimension `batch` instead of the number that the exporter gives it."""
+    import onnx_ir as ir
+
+    shapes = [v.shape for v in graph.inputs if v.shape is not None and len(v.shape)]
+    old = next((s[0].value for s in shapes if isinstance(s[0], ir.SymbolicDim)), None)
+    produced = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in [*graph.inputs, *produced]:
+        shape = value.shape if value.shape is not None else ir.Shape(())
+        for axis, size in enumerate(shape):
+            if isinstance(size, ir.SymbolicDim) and size.value == old:
+                shape[axis] = "batch"
+
+
+def _widened(weights: QuantizedWeights, names: Iterable[str], opset: int) -> Iterator[str]:
+    """Yield a note for each width that the file holds in more bits than the artifact."""
+    wider: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        tensor = weights.tensors[name]
+        width = stored_width(tensor, opset)
+        if isinstance(tensor.bits, Tensor):
+            wider.setdefault(("rows of several widths", width), []).append(name)
+        elif tensor.bits < width:
+            wider.setdefault((f"{tensor.bits}-bit codes", width), []).append(name)
+    for (what, width), found in wider.items():
+        yield f"{what} take {width} bits each in ONNX (opset {opset}): {', '.join(found)}"
+
+
+def _difference(plain: nn.Module, captured: Capture, data: bytes) -> float:
+    """Return how far onnxruntime's outputs lie from the model's."""
+    session = open_session(data)
+    check = captured.check
+    actual = session.run(None, feeds(session, check))
+    return largest_difference(check.run(plain), [torch.from_numpy(array) for array in actual])

@@ -1,0 +1,145 @@
+"""Figures of quantized weights beside the float weights they came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from clipquant.quant.grid import Grid, dequantize, dequantize_rows, grid_of
+from clipquant.quant.model import QuantizedWeights
+from clipquant.quant.pack import packed_bytes
+from clipquant.quant.spec import QuantizedTensor
+from clipquant.report.record import Histogram, LayerRecord
+
+BINS = 48
+FULL = 63  # the fullest bin, so that a count is one character of the file's metadata
+
+
+def layer_records(
+    weights: QuantizedWeights,
+    originals: Mapping[str, Tensor],
+    sensitivities: Mapping[str, float] | None = None,
+) -> tuple[LayerRecord, ...]:
+    """Return one record a quantized weight.
+
+    Args:
+        weights: The quantized weights.
+        originals: State-dict key -> float weight.
+        sensitivities: State-dict key -> expected increase of the loss.
+    """
+    return tuple(
+        replace(
+            layer_record(
+                name,
+                tensor,
+                sqnr_db(originals[name], dequantize(tensor)),
+                (sensitivities or {}).get(name),
+                histogram(originals[name], tensor),
+            ),
+            note=weights.notes.get(name, ""),
+        )
+        for name, tensor in weights.tensors.items()
+    )
+
+
+def layer_record(
+    name: str,
+    tensor: QuantizedTensor,
+    sqnr: float,
+    sensitivity: float | None,
+    bars: Histogram | None,
+) -> LayerRecord:
+    """Return the record of one weight, given what cannot be read off its codes."""
+    return LayerRecord(
+        name,
+        tensor.layout.shape,
+        tensor.code_bits / max(tensor.numel, 1),
+        tensor.method,
+        sqnr,
+        stored_bytes(tensor),
+        sensitivity=sensitivity,
+        rows=rows_by_width(tensor),
+        histogram=bars,
+    )
+
+
+def rows_by_width(tensor: QuantizedTensor) -> dict[int, int]:
+    """Return width of a code -> number of rows that have it."""
+    if isinstance(tensor.bits, int):
+        return {tensor.bits: tensor.layout.rows}
+    widths, counts = torch.unique(tensor.bits, return_counts=True)
+    return dict(zip(widths.tolist(), counts.tolist(), strict=True))
+
+
+def stored_bytes(tensor: QuantizedTensor) -> int:
+    """Return the bytes of a weight's codes, scales, zeros and bits in the file."""
+    parts = (tensor.scale, tensor.zero, tensor.bits)
+    side = sum(part.nbytes for part in parts if isinstance(part, Tensor))
+    return packed_bytes(tensor.bits, tuple(tensor.codes.shape)) + side
+
+
+def bits_per_weight(tensors: Iterable[QuantizedTensor]) -> float:
+    """Return the bits that a weight takes on average, its share of scales included."""
+    tensors = list(tensors)
+    return 8 * sum(map(stored_bytes, tensors)) / max(sum(t.numel for t in tensors), 1)
+
+
+def sqnr_db(weight: Tensor, quantized: Tensor) -> float:
+    """Return 10 log10(sum w^2 / sum (w - w_q)^2) in dB.
+
+    >>> import torch
+    >>> round(sqnr_db(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.8])), 2)
+    20.0
+    """
+    signal = float(weight.detach().double().square().sum())
+    noise = float((weight.detach().double() - quantized.double()).square().sum())
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def histogram(weight: Tensor, tensor: QuantizedTensor) -> Histogram:
+    """Return how a float weight's values lie, with the levels of its most typical row.
+
+    Args:
+        weight: The float weight.
+        tensor: What it was quantized to.
+    """
+    values = weight.detach().float().flatten()
+    low, high = (float(end) for end in values.aminmax())
+    counts = torch.histc(values, BINS, low, high) if high > low else torch.ones(1)
+    relative = (counts.double() * FULL / counts.max()).ceil().int().tolist()
+    return Histogram(low, high, tuple(relative), *typical_levels(tensor))
+
+
+def typical_levels(tensor: QuantizedTensor) -> tuple[tuple[float, ...], int]:
+    """Return the first group's levels of the row of median step, and that row.
+
+    The rows compared are those of the commonest width above 0 (0 where there is no other).
+    """
+    row = _typical_row(tensor)
+    bits = int(tensor.bits[row]) if isinstance(tensor.bits, Tensor) else tensor.bits
+    steps = tensor.levels if tensor.levels is not None else (1 << bits) - 1
+    grid = grid_of(tensor)
+    zero = None if grid.zero is None else _pick(grid.zero, row)
+    one = Grid(_pick(grid.scale, row), zero, steps, steps + 1)
+    codes = torch.arange(steps + 1, dtype=torch.uint8)[None]
+    return tuple(dequantize_rows(codes, one)[0].tolist()), row
+
+
+def _typical_row(tensor: QuantizedTensor) -> int:
+    steps = tensor.scale[:, 0].abs().double().expand(tensor.layout.rows)
+    index = torch.arange(tensor.layout.rows)
+    if isinstance(tensor.bits, Tensor):
+        counts = torch.bincount(tensor.bits.long(), minlength=1)
+        width = int(counts[1:].argmax()) + 1 if counts[1:].any() else 0
+        index = (tensor.bits == width).nonzero().squeeze(1)
+    return int(index[steps[index].median(dim=0).indices])
+
+
+def _pick(part: Tensor, row: int) -> Tensor:
+    return part[min(row, len(part) - 1), :1].reshape(1, 1).cpu()

@@ -1,0 +1,189 @@
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from clipquant.export import Example, ExportError, Judgement, export_onnx_int8
+from clipquant.export.bench import interleaved_medians
+from clipquant.quant.model import quantize_weights
+from clipquant.reference import TwoConvNet
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.linear = nn.Linear(8 * 36, 16)
+        self.last = nn.Linear(16, 4, bias=False)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).flatten(1)
+        return {"logits": self.last(torch.relu(self.linear(x))[:, None])[:, 0]}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def batches(n=4, side=8):
+    torch.manual_seed(1)
+    return [Example((torch.randn(8, 1, side, side),)) for _ in range(n)]
+
+
+def stored(path):
+    return {i.name: numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+
+
+def test_codes_are_the_artifacts_where_it_holds_8_bits_symmetric(model, tmp_path):
+    weights = quantize_weights(model, 8)
+    example = batches()[0]
+    export_onnx_int8(model, weights, example, tmp_path / "a.onnx", calibration=batches())
+    found = {
+        k: v for k, v in stored(tmp_path / "a.onnx").items() if v.dtype == np.int8 and v.size > 8
+    }
+    for name, tensor in weights.tensors.items():
+        codes = tensor.codes.numpy().astype(int) - 127
+        shape = tensor.layout.shape
+        forms = (
+            [codes.reshape(shape), codes.reshape(shape).T]
+            if len(shape) == 2
+            else [codes.reshape(shape)]
+        )
+        assert any(np.array_equal(v, f) for v in found.values() for f in forms), name
+
+
+def test_scales_that_leave_the_last_code_unused_are_kept_too(model, tmp_path):
+    from dataclasses import replace
+
+    weights = quantize_weights(model, 8)
+    tensor = weights.tensors["conv.weight"]
+    few = replace(tensor, codes=tensor.codes.clamp(27, 227))
+    weights = replace(weights, tensors={**weights.tensors, "conv.weight": few})
+    export_onnx_int8(model, weights, batches()[0], tmp_path / "a.onnx", calibration=batches())
+    codes = stored(tmp_path / "a.onnx")["conv.weight_quantized"]
+    assert np.array_equal(codes.reshape(8, 9), few.codes.numpy().astype(int) - 127)
+
+
+def test_activations_take_codes_whose_products_cannot_overflow(model, tmp_path):
+    export_onnx_int8(
+        model, quantize_weights(model, 8), batches()[0], tmp_path / "a.onnx", calibration=batches()
+    )
+    arrays = stored(tmp_path / "a.onnx")
+    low, high = (
+        float(f(b.args[0] for b in batches()))
+        for f in (lambda xs: min(x.min() for x in xs), lambda xs: max(x.max() for x in xs))
+    )
+    assert arrays["x_scale"] == pytest.approx((high - low) / 127, rel=1e-3)
+    top = round(high / float(arrays["x_scale"])) + int(arrays["x_zero_point"])
+    assert top in (126, 127, 128)
+
+
+def test_the_first_method_within_the_drop_is_taken_and_named(model, tmp_path):
+    drops = iter([0.5, 0.01])
+    record = export_onnx_int8(
+        model,
+        quantize_weights(model, 8),
+        batches()[0],
+        tmp_path / "a.onnx",
+        calibration=batches(),
+        judge=lambda forward: Judgement(next(drops), {"val_acc": 0.9}),
+        max_drop=0.02,
+    )
+    assert record.notes[0] == "activation ranges by Percentile"
+    assert record.metrics == {"val_acc": 0.9}
+
+
+def test_without_a_drop_the_best_of_the_three_is_taken(model, tmp_path):
+    drops = iter([0.3, 0.2, 0.1])
+    record = export_onnx_int8(
+        model,
+        quantize_weights(model, 4),
+        batches()[0],
+        tmp_path / "a.onnx",
+        calibration=batches(),
+        judge=lambda forward: Judgement(next(drops), {}),
+    )
+    assert record.notes[0] == "activation ranges by Entropy"
+    assert "rounded to int8 again: conv.weight" in record.notes[1]
+
+
+def test_the_judge_sees_a_forward_of_the_models_own_form(model, tmp_path):
+    seen = []
+
+    def judge(forward):
+        seen.append(forward(batches()[0].args[0]))
+        return Judgement(0.0, {})
+
+    record = export_onnx_int8(
+        model,
+        quantize_weights(model, 8),
+        batches()[0],
+        tmp_path / "a.onnx",
+        calibration=batches(),
+        judge=judge,
+        max_drop=1.0,
+    )
+    expected = batches()[0].run(model)["logits"]
+    assert seen[0]["logits"].shape == (8, 4)
+    assert float((seen[0]["logits"] - expected).abs().max()) < 0.1 * float(expected.abs().max())
+    assert {"threads", "batch 1, ratio", "batch 32, ratio"} <= set(record.latency)
+
+
+def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "clipquant.export.onnx_int8.interleaved_medians", lambda calls: {"float": 1.0, "int8": 2.0}
+    )
+    record = export_onnx_int8(
+        model, quantize_weights(model, 8), batches()[0], tmp_path / "a.onnx", calibration=batches()
+    )
+    assert any(note.startswith("WARNING: int8 is slower than float here") for note in record.notes)
+    assert record.latency["batch 1, ratio"] == 2.0
+
+
+def test_batches_of_different_sizes_calibrate(model, tmp_path):
+    short = [*batches(2), batches()[0].rows(0, 3)]
+    record = export_onnx_int8(
+        model, quantize_weights(model, 8), short[0], tmp_path / "a.onnx", calibration=short
+    )
+    assert record.difference < 0.1
+
+
+def test_no_calibration_data_is_refused(model, tmp_path):
+    with pytest.raises(ExportError, match="needs calibration data"):
+        export_onnx_int8(
+            model, quantize_weights(model, 8), batches()[0], tmp_path / "a", calibration=[]
+        )
+
+
+def test_the_reference_network_runs_in_numpy_alone(tmp_path, run_without):
+    torch.manual_seed(0)
+    model = TwoConvNet()
+    x = batches(2, side=28)
+    export_onnx_int8(
+        model, quantize_weights(model, 8), x[0], tmp_path / "a.onnx", calibration=x,
+        judge=lambda forward: Judgement(0.0, {}), max_drop=0.0,
+    )  # fmt: skip
+    np.save(tmp_path / "x.npy", x[0].args[0].numpy())
+    np.save(tmp_path / "y.npy", x[0].run(model.eval()).numpy())
+    source = (
+        "import numpy as np, onnxruntime as ort\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "session = ort.InferenceSession(folder + '/a.onnx')\n"
+        "y, expected = session.run(None, {'x': np.load(folder + '/x.npy')})[0], np.load(folder + '/y.npy')\n"
+        "print(abs(y - expected).max() / abs(expected).max())\n"
+    )
+    assert float(run_without(source, "clipquant", "torch", "lightning")) < 0.1
+
+
+def test_every_call_is_timed_as_often():
+    counts = {"a": 0, "b": 0}
+
+    def call(name):
+        counts[name] += 1
+
+    interleaved_medians({name: lambda name=name: call(name) for name in counts}, repeats=7)
+    assert counts["a"] == counts["b"] >= 7

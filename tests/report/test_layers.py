@@ -1,0 +1,72 @@
+"""Figures of single weights: SQNR, bytes, histogram and the typical row's levels."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipquant.quant.grid import dequantize
+from clipquant.quant.ranges import quantize_weight
+from clipquant.quant.spec import QuantizedTensor, QuantSpec
+from clipquant.report.layers import histogram, rows_by_width, sqnr_db, stored_bytes, typical_levels
+
+
+def mixed() -> QuantizedTensor:
+    """Three rows of 0, 2 and 2 bits; the step of row 2 is the larger."""
+    return QuantizedTensor(
+        codes=torch.tensor([[0, 0, 0], [0, 1, 3], [1, 2, 3]], dtype=torch.uint8),
+        scale=torch.tensor([[0.7], [0.1], [0.2]]),
+        zero=torch.tensor([[-1.0], [1.0], [1.0]]),
+        bits=torch.tensor([0, 2, 2], dtype=torch.uint8),
+        levels=None,
+        group_size=3,
+        layout=quantize_weight(torch.zeros(3, 3), QuantSpec(2)).layout,
+        dtype=torch.float32,
+    )
+
+
+def test_rows_of_different_widths_are_counted_and_weighed() -> None:
+    assert rows_by_width(mixed()) == {0: 1, 2: 2}
+    assert stored_bytes(mixed()) == 2 * 1 + 3 + 12 + 12
+    assert torch.allclose(dequantize(mixed())[0], torch.full((3,), 0.7))
+
+
+def test_typical_levels_are_of_a_row_of_the_commonest_width_above_zero() -> None:
+    levels, row = typical_levels(mixed())
+    assert row == 1
+    assert levels == pytest.approx((-0.1, 0.0, 0.1, 0.2))
+
+
+@given(st.integers(1, 8), st.sampled_from(["tensor", "channel", 3]))
+def test_every_code_of_the_typical_row_stands_on_a_level(bits: int, granularity: str | int) -> None:
+    torch.manual_seed(bits)
+    weight = torch.randn(5, 11)
+    spec = QuantSpec(bits, symmetric=False, granularity=granularity)  # type: ignore[arg-type]
+    tensor = quantize_weight(weight, spec)
+    levels, row = typical_levels(tensor)
+    first_group = dequantize(tensor)[row, : tensor.group_size]
+    assert len(levels) == 2**bits
+    assert all(min(abs(v - level) for level in levels) < 1e-5 for v in first_group.tolist())
+
+
+def test_histogram_counts_every_weight_relative_to_the_fullest_bin() -> None:
+    weight = torch.cat([torch.linspace(0, 1, 480), torch.zeros(10)]).reshape(10, 49)
+    bars = histogram(weight, quantize_weight(weight, QuantSpec(2)))
+    exact = torch.histc(weight.flatten(), 48, 0, 1)
+    assert (bars.low, bars.high) == (0.0, 1.0)
+    assert bars.counts == tuple((exact * 63 / exact.max()).ceil().int().tolist())
+
+
+def test_histogram_of_a_constant_weight_is_one_bar() -> None:
+    weight = torch.full((2, 4), 0.5)
+    bars = histogram(weight, quantize_weight(weight, QuantSpec(4)))
+    assert (bars.counts, bars.low, bars.high) == ((63,), 0.5, 0.5)
+
+
+def test_sqnr_of_nothing_lost_and_of_nothing_there() -> None:
+    assert sqnr_db(torch.ones(3), torch.ones(3)) == math.inf
+    assert sqnr_db(torch.zeros(3), torch.ones(3)) == -math.inf

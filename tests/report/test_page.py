@@ -1,0 +1,214 @@
+"""The HTML report: complete as text, and alive in a real headless Chromium."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clipquant import quantize
+from clipquant.report import Budget, Latency, QuantizationReport, Trial, render_page
+
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --disable-dev-shm-usage"
+)
+LONG = "a_module_with_a_very_long_name.and_a_child_that_is_no_shorter.projection_of_the_output"
+
+
+def report() -> QuantizationReport:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv": nn.Conv2d(8, 16, 3), "fc": nn.Linear(300, 20)})
+    outer = nn.Module()
+    outer.add_module(LONG.replace(".", "_"), nn.Linear(40, 30))
+    model["rest"] = outer
+    made = quantize(model, 3, overrides={"conv.*": 8}).report
+    layers = tuple(
+        replace(layer, sensitivity=s)
+        for layer, s in zip(made.layers, (2e-3, 1e-5, 3e-4), strict=True)
+    )
+    layers = (*layers[:1], replace(layers[1], rows={0: 3, 2: 9, 5: 8}), *layers[2:])
+    trials = (
+        Trial(3000, 0.9),
+        Trial(2000, 0.89, chosen=True),
+        Trial(1500, 0.6),
+        Trial(2100, 0.7, "uniform"),
+    )
+    return replace(
+        made,
+        layers=layers,
+        float_metrics={"val_acc": 0.91, "val_loss": 0.3},
+        quantized_metrics={"val_acc": 0.89, "val_loss": 0.31},
+        monitor="val_acc",
+        mode="max",
+        budget=Budget(0.03, 2500, trials),
+        latency=Latency(1.25, 1.5, 32, 2, "validation_step"),
+        seed=11,
+        sha256="ab" * 32,
+        calibration="16 batches of the train dataloader",
+        path="quantized/<model> & co.safetensors",
+    )
+
+
+class Checker(HTMLParser):
+    """Collects tags left open and addresses of anything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "link", "br", "img", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_one_well_formed_file_that_fetches_nothing() -> None:
+    text = render_page(report())
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+    assert checker.fetched == ["data:,"]
+    assert not re.search(r"@import|url\(|https?://|fetch\(|XMLHttpRequest", text)
+
+
+def test_page_says_everything_once_it_is_known() -> None:
+    text = render_page(report())
+    for said in (
+        "Budget met: drop at most 0.03 and at most 2,500 bytes",
+        "val_acc 0.91 to 0.89",
+        "float 0.3, same batches",
+        "1.50 ms",
+        "batch 32, 2 threads",
+        "ab" * 32,
+        "16 batches of the train dataloader",
+        "bias, normalization or other vector",
+        "quantized/&lt;model&gt; &amp; co.safetensors",
+    ):
+        assert said in text
+    missed = replace(report(), budget=Budget(0.01, failure="the drop is 0.02"))
+    assert 'class="verdict missed">Budget missed: the drop is 0.02' in render_page(missed)
+
+
+def test_page_of_a_bare_report_has_no_empty_sections() -> None:
+    text = render_page(quantize(nn.Linear(4, 4), 8).report)
+    assert "The search for the budget" not in text
+    assert "latency" not in text
+    assert "none: chosen from the weights alone" in text
+    lost = quantize(nn.Linear(4, 4), 8).report
+    unknown = replace(lost, layers=(replace(lost.layers[0], sqnr_db=math.nan, histogram=None),))
+    assert "not recorded" in render_page(unknown)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chrome = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    driver = shutil.which("chromedriver")
+    if chrome is None or driver is None:
+        pytest.skip("needs Chromium and chromedriver (Debian: chromium, chromium-driver)")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chrome
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    session = webdriver.Chrome(options=options, service=Service(driver))
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(render_page(report()), "utf-8")
+    session.get(path.as_uri())
+    yield session
+    session.quit()
+
+
+def test_no_console_errors(browser: Any) -> None:
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_fits_phone_and_desktop_in_both_schemes(
+    browser: Any, width: int, scheme: str, tmp_path: Path
+) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    spilt = browser.execute_script(
+        """return [...document.querySelectorAll("main *")].filter((element) =>
+             !element.closest(".scroll") && !element.closest("svg")
+             && element.getBoundingClientRect().right > innerWidth + 1).length"""
+    )
+    assert spilt == 0
+    paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    shades = [int(part) for part in re.findall(r"\d+", paper)[:3]]
+    assert max(shades) < 60 if scheme == "dark" else min(shades) > 200
+
+
+def test_every_plot_has_marks_that_can_be_seen(browser: Any) -> None:
+    counts = browser.execute_script(
+        """return [...document.querySelectorAll("svg.plot")].map((plot) => [
+             plot.classList[1],
+             [...plot.querySelectorAll("rect, circle, line.level")].filter((mark) => {
+               const box = mark.getBoundingClientRect();
+               return box.width + box.height > 0.5 && getComputedStyle(mark).visibility === "visible";
+             }).length])"""
+    )
+    kinds = [kind for kind, _ in counts]
+    assert kinds == ["search", "bits", "sqnr", "histogram", "histogram", "histogram"]
+    least = {"search": 4, "bits": 5, "sqnr": 3, "histogram": 24 + 8}
+    assert all(count >= least[kind] for kind, count in counts)
+
+
+def column(browser: Any, index: int) -> list[str]:
+    script = f"return [...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[{index}].innerText)"
+    texts: list[str] = browser.execute_script(script)
+    return texts
+
+
+def test_a_click_on_a_heading_sorts_and_a_second_turns_it_round(browser: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    heads = browser.find_elements(By.CSS_SELECTOR, "table.sortable th")
+    for index, head in enumerate(heads):
+        button = head.find_element(By.TAG_NAME, "button")
+        browser.execute_script("arguments[0].click()", button)
+        down = column(browser, index)
+        assert head.get_attribute("aria-sort") == "descending"
+        browser.execute_script("arguments[0].click()", button)
+        up = column(browser, index)
+        assert head.get_attribute("aria-sort") == "ascending"
+        if len(set(up)) == len(up):
+            assert up == down[::-1]
+    sizes = [h.text.split()[0] for h in heads].index("bytes")
+    browser.execute_script("arguments[0].click()", heads[sizes].find_element(By.TAG_NAME, "button"))
+    values = [int(text.replace(",", "")) for text in column(browser, sizes)]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == 3
+    marked = [h.get_attribute("aria-sort") for h in heads]
+    assert [m for m in marked if m] == ["descending"]
+
+
+def test_still_no_console_errors_after_use(browser: Any) -> None:
+    assert browser.get_log("browser") == []

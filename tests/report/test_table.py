@@ -1,0 +1,78 @@
+"""The tables, with rich and without."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+from torch import nn
+
+from clipquant import quantize
+from clipquant.report import Latency
+from clipquant.report import table as tables
+
+
+def report(bits: int = 4):  # type: ignore[no-untyped-def]
+    made = quantize(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 2)), bits).report
+    return replace(
+        made,
+        float_metrics={"val_acc": 0.9, "val_loss": 0.1},
+        quantized_metrics={"val_acc": 0.89},
+        monitor="val_acc",
+        mode="max",
+        latency=Latency(1.5, 1.25, 32, 2),
+        path="x.safetensors",
+    )
+
+
+def test_summary_has_every_metric_size_and_labelled_time() -> None:
+    rows = {row[0]: row[1:] for row in tables.summary_rows(report())}
+    assert rows["val_acc (monitored)"] == ("0.9", "0.89")
+    assert rows["val_loss"] == ("0.1", "nan")
+    assert rows["ms, forward, batch 32, 2 threads"] == ("1.50", "1.25")
+    assert rows["bytes"][0] == f"{(64 * 32 + 32 + 64 + 2) * 4:,}"
+
+
+def test_layers_shares_add_up_to_less_than_the_file() -> None:
+    made = report()
+    rows = tables.layer_rows(made)
+    assert [row[0] for row in rows] == ["0.weight", "1.weight"]
+    assert 0 < sum(float(row[-1].rstrip("%")) for row in rows) < 100
+    assert len(rows[0]) == len(tables.LAYER_HEADER)
+
+
+def test_compare_lays_two_reports_side_by_side() -> None:
+    one, other = report(2), report(8)
+    rows = {row[0]: row[1:] for row in tables.compare_rows(one, other)}
+    assert rows["bytes"] == (f"{one.size_bytes:,}", f"{other.size_bytes:,}")
+    assert rows["0.weight"][0].startswith("2 bits")
+    assert rows["0.weight"][1].startswith("8 bits")
+    absent = replace(other, layers=other.layers[:1])
+    assert {r[0]: r[2] for r in tables.compare_rows(one, absent)}["1.weight"] == "float or absent"
+
+
+def test_everything_is_printed_with_rich_and_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    tables.print_report(report())
+    rich = capsys.readouterr().out
+    monkeypatch.setattr(
+        tables, "find_spec", lambda name: None if name == "rich" else find_spec(name)
+    )
+    imported: list[str] = []
+    original = builtins.__import__
+
+    def spy(name: str, *args: object, **kwargs: object) -> object:
+        imported.append(name)
+        return original(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", spy)
+    tables.print_report(report())
+    plain = capsys.readouterr().out
+    assert not any(name.startswith("rich") for name in imported)
+    for said in ("val_acc (monitored)", "0.weight", "SQNR dB", "0.bias", "x.safetensors"):
+        assert said in rich
+        assert said in plain

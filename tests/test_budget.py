@@ -1,0 +1,218 @@
+"""Budgets through `quantize` and `QuantizeOnFitEnd`: the promise is about the file on disk."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from clipquant import QuantizeOnFitEnd, load_quantized, quantize
+from clipquant.budget import BudgetError, size_in_bytes
+from clipquant.cli import main
+
+
+@pytest.fixture(scope="module")
+def problem() -> Any:
+    torch.manual_seed(0)
+    x = torch.randn(1200, 40)
+    y = (x @ torch.randn(40, 6)).argmax(1)
+    model = nn.Sequential(nn.Linear(40, 96), nn.ReLU(), nn.Linear(96, 6))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    def score(m: nn.Module) -> float:
+        return float((m(x).argmax(1) == y).float().mean())
+
+    return model.eval(), list(x.split(100)), score
+
+
+@pytest.mark.parametrize("size", [5200, 6000, "6.5 kB", 0.45])
+def test_a_size_budget_is_filled_and_never_passed(problem: Any, size: Any, tmp_path: Path) -> None:
+    model, data, score = problem
+    made = quantize(model, "auto", max_size=size, data=data, score=score)
+    path = made.save(tmp_path / "m.safetensors")
+    limit = size_in_bytes(size, made.report.float_bytes)
+    assert limit - 1500 <= path.stat().st_size == made.report.size_bytes <= limit
+    fresh = load_quantized(path, copy.deepcopy(model))
+    assert score(fresh) == made.report.quantized_metrics["score"]
+    assert made.report.budget.met
+
+
+def test_a_drop_budget_holds_at_less_than_one_width_would_take(
+    problem: Any, tmp_path: Path
+) -> None:
+    model, data, score = problem
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    made = quantize(model, "auto", max_drop=0.01, data=data, score=score)
+    path = made.save(tmp_path / "m.safetensors")
+    assert score(model) - score(load_quantized(path, copy.deepcopy(model))) <= 0.01
+    assert len(made.report.budget.trials) <= 10
+    assert [t.chosen for t in made.report.budget.trials].count(True) == 1
+    widths = [quantize(model, b) for b in range(1, 9)]
+    hold = [w for w in widths if score(model) - score(w.apply_to(copy.deepcopy(model))) <= 0.01]
+    assert sum(layer.bytes for layer in made.report.layers) < sum(
+        x.bytes for x in hold[0].report.layers
+    )
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    again = quantize(model, "auto", max_drop=0.01, data=data, score=score)
+    assert again.save(tmp_path / "n.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_both_and_irreconcilable_obeys_the_drop_and_says_what_it_needs(problem: Any) -> None:
+    model, data, score = problem
+    made = quantize(model, "auto", max_drop=0.005, max_size=4300, data=data, score=score)
+    assert made.report.drop <= 0.005
+    assert "needs" in made.report.budget.failure
+    assert "max_size=4,300" in made.report.budget.failure
+    both = quantize(model, "auto", max_drop=0.05, max_size=9000, data=data, score=score)
+    assert both.report.budget.met
+    assert both.report.size_bytes <= 9000
+    assert len(both.report.budget.trials) == 1
+
+
+def test_bad_budgets_are_told_with_the_remedy(problem: Any) -> None:
+    model, data, score = problem
+    for wrong in (-0.1, math.nan, math.inf, True, "1"):
+        with pytest.raises(ValueError, match="max_drop must be a finite number"):
+            quantize(model, "auto", max_drop=wrong, data=data)  # type: ignore[arg-type]
+    for size in (0, -5, "lots", "300 bananas", 1.5, True, "0kB"):
+        with pytest.raises(ValueError, match="max_size must be"):
+            quantize(model, "auto", max_size=size, data=data)
+    with pytest.raises(BudgetError, match=r"below the smallest possible file, \d,\d+ bytes"):
+        quantize(model, "auto", max_size=100, data=data)
+    with pytest.raises(BudgetError, match="judged on validation data"):
+        quantize(model, "auto", max_drop=0.1, data=data)
+    with pytest.raises(BudgetError, match="score is NaN"):
+        quantize(model, "auto", max_drop=0.1, data=data, score=lambda m: math.nan)
+    with pytest.raises(ValueError, match="data=None"):
+        quantize(model, "auto", max_size=9000)
+    with pytest.raises(ValueError, match="need bits='auto'"):
+        quantize(model, 4, max_size=9000)
+    with pytest.raises(ValueError, match="granularity='tensor'"):
+        quantize(model, "auto", max_size=9000, data=data, granularity="tensor")
+
+
+def test_sizes_are_read_in_any_spelling() -> None:
+    for text in ("300kB", "300 kb", "300KB", " 300 k ", "300000", "0.3 MB"):
+        assert size_in_bytes(text, 0) == 300_000
+    assert size_in_bytes("1KiB", 0) == 1024
+
+
+class Lit(pl.LightningModule):
+    """The network of the problem; logs under two names."""
+
+    def __init__(self, model: nn.Module, steps: bool = True) -> None:
+        super().__init__()
+        self.model, self.steps = copy.deepcopy(model), steps
+
+    def forward(self, x: Any) -> Any:
+        return self.model(x)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        if not self.steps:
+            assert self.trainer.training
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("acc", (self(batch[0]).argmax(1) == batch[1]).float().mean(), sync_dist=True)
+        self.log("depth", float(self.trainer.max_epochs or 0))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-4)
+
+
+def fit(
+    problem: Any, callback: QuantizeOnFitEnd, tmp_path: Path, val: bool = True, **kwargs: Any
+) -> Any:
+    model, data, _ = problem
+    x = torch.cat(data)
+    loader = DataLoader(TensorDataset(x, model(x).argmax(1)), 100)
+    module = Lit(model, kwargs.pop("steps", True))
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", callbacks=[callback], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **kwargs,
+    )  # fmt: skip
+    trainer.fit(module, loader, loader if val else None)
+    return module
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_the_callback_keeps_both_budgets(problem: Any, tmp_path: Path, steps: bool) -> None:
+    callback = QuantizeOnFitEnd(
+        "auto", max_drop=0.03, max_size=8000, monitor="acc", mode="max", dirpath=tmp_path
+    )
+    module = fit(problem, callback, tmp_path, steps=steps)
+    report = callback.report
+    assert report is not None
+    assert report.budget is not None
+    assert report.budget.met
+    assert (tmp_path / "model.safetensors").stat().st_size == report.size_bytes <= 8000
+    assert report.drop is not None
+    assert report.drop <= 0.03
+    state = load_quantized(tmp_path / "model.safetensors")
+    assert all(torch.equal(t, state[n]) for n, t in module.state_dict().items())  # type: ignore[index]
+    assert ("loss of training_step" if steps else "divergence of the outputs") in report.calibration
+    assert all(layer.sensitivity is not None for layer in report.layers)
+    assert "The search for the budget" in (tmp_path / "report.html").read_text()
+
+
+def test_a_missed_budget_warns_or_raises(problem: Any, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"max_drop": 0.0, "max_size": 5000, "monitor": "acc", "mode": "max"}
+    warned = QuantizeOnFitEnd("auto", dirpath=tmp_path, **asked)
+    with pytest.warns(UserWarning, match="Budget missed"):
+        fit(problem, warned, tmp_path)
+    assert warned.report is not None
+    assert not warned.report.budget.met
+    with pytest.raises(BudgetError, match="Nothing was written"):
+        fit(
+            problem,
+            QuantizeOnFitEnd("auto", dirpath=tmp_path / "no", on_fail="raise", **asked),
+            tmp_path,
+        )
+    assert not (tmp_path / "no" / "model.safetensors").exists()
+
+
+def test_what_cannot_be_judged_is_refused_before_training(problem: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="'val_loss', which validation does not log; logged are acc, depth"
+    ):
+        fit(problem, QuantizeOnFitEnd("auto", max_drop=0.1, dirpath=tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="the Trainer has none"):
+        fit(problem, QuantizeOnFitEnd("auto", max_drop=0.1, dirpath=tmp_path), tmp_path, val=False)
+    late = QuantizeOnFitEnd("auto", max_drop=0.1, dirpath=tmp_path)
+    with pytest.raises(BudgetError, match="never logged in validation; logged were acc, depth"):
+        fit(problem, late, tmp_path, num_sanity_val_steps=0)
+    sized = QuantizeOnFitEnd("auto", max_size=7000, dirpath=tmp_path)
+    fit(problem, sized, tmp_path, val=False)
+    assert sized.report is not None
+    assert sized.report.size_bytes <= 7000
+
+
+def test_the_command_line_reports_and_compares_from_files_alone(
+    problem: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, score = problem
+    auto = quantize(model, "auto", max_size=6000, data=data, score=score).save(
+        tmp_path / "a.safetensors"
+    )
+    plain = quantize(model, 8).save(tmp_path / "b.safetensors")
+    assert main(["report", str(auto)]) == 0
+    out = capsys.readouterr().out
+    assert "Budget met" in out
+    assert "score (monitored)" in out
+    assert main(["report", str(auto), "--html", str(tmp_path / "a.html")]) == 0
+    assert "The search for the budget" in (tmp_path / "a.html").read_text()
+    assert main(["compare", str(auto), str(plain)]) == 0
+    assert f"{plain.stat().st_size:,}" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "none")]) == 1

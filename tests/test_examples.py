@@ -1,0 +1,123 @@
+"""Every configuration under examples/ runs through the real command line, shortened where it is long."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from clipquant import TwoConvNet, load_quantized
+from clipquant.artifact import read_artifact
+from clipquant.cli import main
+from clipquant.reference import MNIST5k
+from clipquant.reference.fashion_mnist import DEBIAN_FOLDER
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+SHORT = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=8",
+    "--trainer.limit_val_batches=1",
+    "--trainer.log_every_n_steps=1",
+]
+WHOLE = {
+    "quickstart": ["--trainer.max_epochs=1"],
+    "reference": [],
+}
+
+
+def run(path, folder):
+    """Run an example in `folder` and return the path of the artifact and the last value of each logged metric."""
+    if path.stem == "fashion_mnist" and not DEBIAN_FOLDER.is_dir():
+        pytest.skip("the Debian package dataset-fashion-mnist is not installed")
+    logger = [
+        "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+        f"--trainer.logger.save_dir={folder}",
+        f"--trainer.default_root_dir={folder}",
+    ]
+    assert main(["fit", "--config", str(path), *logger, *WHOLE.get(path.stem, SHORT)]) == 0
+    (artifact,) = folder.rglob("*.safetensors")
+    (metrics,) = folder.rglob("metrics.csv")
+    last = {}
+    with metrics.open() as rows:
+        for row in csv.DictReader(rows):
+            last |= {name: float(value) for name, value in row.items() if value}
+    return artifact, last
+
+
+def test_there_are_examples():
+    assert {"quickstart", "reference", "norm_clip_4bit", "fashion_mnist"} <= {
+        path.stem for path in EXAMPLES
+    }
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_and_leaves_a_whole_file(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    artifact, metrics = run(path, tmp_path)
+    assert main(["verify", str(artifact)]) == 0
+    assert {"val_loss", "val_acc", "grad_norm"} <= set(metrics)
+    TwoConvNet().load_state_dict(load_quantized(artifact), strict=True)
+    out = capsys.readouterr().out
+    assert "bits per weight" in out
+    assert str(artifact.name) in out.replace("\n", "")
+    check = CHECKS.get(path.stem)
+    if check:
+        check(artifact, metrics)
+
+
+def check_quickstart(artifact, metrics):
+    # One epoch of eight; the whole run reaches more.
+    assert metrics["val_acc"] > 0.9
+    net, data = TwoConvNet(), MNIST5k()
+    load_quantized(artifact, net)
+    settings = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "accelerator": "cpu",
+    }
+    (after,) = Trainer(**settings).validate(net, data, verbose=False)
+    assert after["val_acc"] == pytest.approx(metrics["val_acc"], abs=0.003)
+    assert artifact.stat().st_size <= 0.26 * sum(4 * p.numel() for p in net.parameters())
+
+
+def check_reference(artifact, metrics):
+    assert metrics["step"] == 99
+    assert metrics["train_loss"] < 0.1
+    assert metrics["val_acc"] == 1
+    weights = read_artifact(artifact).weights
+    assert set(weights.tensors) == {"conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"}
+    for tensor in weights.tensors.values():
+        assert (tensor.levels, tensor.scale.numel(), tensor.symmetric, tensor.method) == (
+            8,
+            1,
+            False,
+            "rtn",
+        )
+        assert (tensor.codes.min(), tensor.codes.max()) == (0, 8)
+    for value in (value for name, value in weights.state_dict().items() if name.endswith("weight")):
+        low, high = value.min().double(), value.max().double()
+        grid = low + torch.arange(9) * (high - low) / 8
+        assert (value.double().flatten()[:, None] - grid).abs().min(1).values.max() < 1e-6 * (
+            high - low
+        )
+
+
+def check_norm_clip_4bit(artifact, metrics):
+    assert metrics["grad_norm_clipped"] <= 1.00001
+    tensors = read_artifact(artifact).weights.tensors
+    assert {name: tensor.bits for name, tensor in tensors.items()} == {
+        "conv1.weight": 8,
+        "conv2.weight": 4,
+        "fc1.weight": 4,
+        "fc2.weight": 8,
+    }
+    assert tensors["fc1.weight"].group_size == 64
+
+
+CHECKS = {
+    "norm_clip_4bit": check_norm_clip_4bit,
+    "quickstart": check_quickstart,
+    "reference": check_reference,
+}
