@@ -83,7 +83,7 @@ def check_quickstart(artifact, metrics):
 
 
 def check_reference(artifact, metrics):
-    assert metrics["step"] == 99
+    assert metrics["step"] in (99, 100)  # the quantized metrics stand at 100
     assert metrics["train_loss"] < 0.1
     assert metrics["val_acc"] == 1
     weights = read_artifact(artifact).weights
