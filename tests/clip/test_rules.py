@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipquant.clip import Norm, Value, clip_gradients_
+from clipquant.clip import AGC, Gradients, Indicator, Norm, Rule, Value, clip_gradients_
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=3), min_size=1, max_size=5)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -119,3 +124,133 @@ def test_values_out_of_range_are_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError) as error:
         make()  # type: ignore[operator]
     assert message in str(error.value)
+
+
+def agc_reference(grad: Tensor, weight: Tensor, ratio: float, eps: float) -> Tensor:
+    """Equation 3 of arXiv 2102.06171, unit by unit in float64."""
+    grad, weight = grad.double(), weight.detach().double()
+    units = [(grad, weight)] if grad.ndim < 2 else list(zip(grad, weight, strict=True))
+    clipped = []
+    for g, w in units:
+        g_norm, w_norm = g.square().sum().sqrt(), max(float(w.square().sum().sqrt()), eps)
+        clipped.append(
+            g * (ratio * w_norm / g_norm) if g_norm > 0 and g_norm / w_norm > ratio else g
+        )
+    return clipped[0] if grad.ndim < 2 else torch.stack(clipped) if clipped else grad
+
+
+@given(SHAPES, SEEDS, st.floats(1e-3, 1.0), st.sampled_from([0.001, 1.0]))
+def test_agc_equals_equation_3_of_its_paper(
+    shapes: list[list[int]], seed: int, ratio: float, scale: float
+) -> None:
+    params = parameters(shapes, seed, scale)
+    expected = [agc_reference(p.grad, p, ratio, 1e-3) for p in params]
+    clip_gradients_(params, AGC(ratio))
+    for param, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad.double(), e, rtol=1e-5, atol=1e-8)
+
+
+def load_timm_agc() -> Callable[..., None]:
+    """Load the one file of timm that is needed: the package imports torchvision."""
+    found = importlib.util.find_spec("timm")
+    if found is None or found.origin is None:
+        pytest.skip("timm is not installed")
+    path = Path(found.origin).parent / "utils" / "agc.py"
+    spec = importlib.util.spec_from_file_location("timm_agc", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.adaptive_clip_grad
+
+
+@pytest.mark.parametrize("scale", [0.001, 0.1, 10.0])
+def test_agc_equals_timm(scale: float) -> None:
+    adaptive_clip_grad = load_timm_agc()
+    shapes = [[8, 3, 3, 3], [8], [16, 8], [], [4, 8, 5]]
+    ours, theirs = parameters(shapes, 6, scale), parameters(shapes, 6, scale)
+    clip_gradients_(ours, AGC(0.05))
+    adaptive_clip_grad(theirs, clip_factor=0.05)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_agc_lets_zero_initialised_weights_learn() -> None:
+    weight = nn.Parameter(torch.zeros(3, 4))
+    weight.grad = torch.randn(3, 4)
+    clip_gradients_(weight, AGC(0.01, eps=1e-3))
+    torch.testing.assert_close(weight.grad.norm(dim=1), torch.full((3,), 1e-5))
+
+
+@given(SHAPES, SEEDS, st.sampled_from([0.0, 0.5]))
+def test_indicator_marks_elements_beyond_the_threshold(
+    shapes: list[list[int]], seed: int, threshold: float
+) -> None:
+    params = parameters(shapes, seed)
+    for param in params:
+        param.grad[param.grad.abs() < 0.2] = 0.0
+    expected = [
+        torch.tensor([float(abs(v) > threshold) for v in g.flatten().tolist()])
+        for g in gradients(params)
+    ]
+    record = clip_gradients_(params, Indicator(threshold), measure=True)
+    for param, e in zip(params, expected, strict=True):
+        assert torch.equal(param.grad.flatten(), e)
+    count = sum(len(e) for e in expected)
+    assert record.nonzero_share == pytest.approx(
+        sum(float(e.sum()) for e in expected) / count if count else 0.0
+    )
+
+
+@dataclass(frozen=True)
+class SignRule:
+    """A rule of a user's own: the sign of each element, times the share of the step."""
+
+    step_size: float = 0.1
+
+    def init(self) -> dict[str, Tensor]:
+        return {"steps": torch.zeros(())}
+
+    def plan(
+        self, grads: Any, params: Any, state: dict[str, Tensor]
+    ) -> tuple[float, dict[str, Tensor]]:
+        assert len(grads) == len(params)
+        steps = state["steps"] + 1
+        return self.step_size / float(steps), {"steps": steps}
+
+    def clip(self, grad: Tensor, param: Tensor, plan: float) -> Tensor:
+        return grad.sign() * plan
+
+
+def test_a_rule_of_ones_own_needs_three_methods_and_no_base_class() -> None:
+    (param,) = parameters([[4]], 7)
+    signs = param.grad.sign()
+    record = clip_gradients_(param, SignRule())
+    assert torch.equal(param.grad, signs * 0.1)
+    record = clip_gradients_(param, SignRule(), record.state)
+    assert torch.equal(param.grad, signs * 0.05)
+    assert record.clipped
+    assert isinstance(SignRule(), Rule)
+
+
+@given(SHAPES, SEEDS, st.sampled_from(["value", "norm", "tensor", "group", "agc", "indicator"]))
+def test_what_is_written_is_what_clip_returns(
+    shapes: list[list[int]], seed: int, kind: str
+) -> None:
+    rule: Any = {
+        "value": Value(0.3),
+        "norm": Norm(0.3),
+        "tensor": Norm(0.3, scope="tensor"),
+        "group": Norm(0.3, math.inf, scope="group"),
+        "agc": AGC(0.1),
+        "indicator": Indicator(0.3),
+    }[kind]
+    params = parameters(shapes, seed)
+    grads = Gradients(gradients(params))
+    plan, _ = rule.plan(grads, params, rule.init())
+    expected = [rule.clip(g, p, plan) for g, p in zip(grads, params, strict=True)]
+    before = gradients(params)
+    assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True)), (
+        "a plan changes nothing"
+    )
+    clip_gradients_(params, rule, on_nonfinite="skip", measure=True)
+    for param, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, e.detach(), rtol=1e-7, atol=0)

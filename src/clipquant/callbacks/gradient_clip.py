@@ -26,12 +26,13 @@ from clipquant.callbacks.clip_checks import (
     refuse_second_clipping,
     refuse_strategy,
 )
-from clipquant.clip.apply import ClipRecord, clip_assigned_
+from clipquant.clip.apply import clip_assigned_
 from clipquant.clip.assign import OVERRIDE, Assignment, as_rule, assign
 from clipquant.clip.finite import OnNonfinite, check_policy
 from clipquant.clip.fold import can_fold, fold_, unfold_, unfold_after_step
 from clipquant.clip.norms import norms_by_group
 from clipquant.clip.progress import Progress
+from clipquant.clip.record import ClipRecord
 from clipquant.clip.rules import Rule
 
 Log = bool | Literal["groups", "params"]
@@ -318,6 +319,7 @@ def _figures(record: ClipRecord, progress: Progress, suffix: str, log: Log) -> d
         "clip_coef": record.clip_coef,
         "clip_rate": progress.clip_rate,
         "skipped_steps": float(progress.skipped_steps),
+        "nonzero_share": record.nonzero_share,
     }
     named = {name + suffix: value for name, value in figures.items() if value is not None}
     return named | _detailed_figures(record, suffix, log)

@@ -2,59 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clipquant.clip.assign import Assignment, Params, assign
+from clipquant.clip.assign import Assignment, Params, Part, assign
 from clipquant.clip.finite import OnNonfinite, check_policy, nonfinite_members, zero_nonfinite_
 from clipquant.clip.norms import Gradients, combine_norms
-from clipquant.clip.plans import Scale
+from clipquant.clip.plans import Clamp, Indicate, Scale
+from clipquant.clip.record import ClipRecord
 from clipquant.clip.rules import Rule, State
 from clipquant.clip.write import carry_out_, norms_after, writable
 
-
-@dataclass(frozen=True)
-class ClipRecord:
-    """What one call did, as plain numbers, and the state for the next call.
-
-    Args:
-        grad_norm: Norm of all gradients before clipping; None where it was not asked for.
-        grad_norm_clipped: The same after clipping; 0 for a step that was skipped.
-        clipped: Whether any gradient was changed by the rule.
-        skipped: Whether all gradients were removed, so that the optimizer leaves everything as it is.
-        nonfinite: Names (positions where there are none) of the parameters with a NaN or infinite gradient.
-        deferred: Coefficient that the caller has to apply to all gradients, where it asked for that; norms count it in.
-        norms: Norm of each gradient before clipping, in the order of `names`; None where not measured.
-        norms_clipped: The same after clipping.
-        names: Names of the parameters that had a gradient.
-        groups: Index of the parameter group of each of these.
-        order: Order of all norms here: that of a `Norm` rule, else 2.
-        state: State of the rule after the call, a flat dict of tensors.
-    """
-
-    grad_norm: float | None = None
-    grad_norm_clipped: float | None = None
-    clipped: bool = False
-    skipped: bool = False
-    nonfinite: tuple[str, ...] = ()
-    deferred: float | None = None
-    norms: Tensor | None = field(default=None, repr=False)
-    norms_clipped: Tensor | None = field(default=None, repr=False)
-    names: tuple[str, ...] = field(default=(), repr=False)
-    groups: tuple[int, ...] = field(default=(), repr=False)
-    order: float = field(default=2.0, repr=False)
-    state: State = field(default_factory=dict, repr=False)
-
-    @property
-    def clip_coef(self) -> float | None:
-        """Share of the norm that clipping left, `grad_norm_clipped / grad_norm`; 1 for a norm of zero."""
-        if self.grad_norm is None or self.grad_norm_clipped is None:
-            return None
-        return self.grad_norm_clipped / self.grad_norm if self.grad_norm else 1.0
+_CHUNK = 1 << 20  # elements, 4 MB: what is still in the cache when it is read again
 
 
 @torch.no_grad()
@@ -64,7 +27,7 @@ def clip_gradients_(
     state: State | None = None,
     *,
     on_nonfinite: OnNonfinite = "propagate",
-    measure: bool = True,
+    measure: bool = False,
 ) -> ClipRecord:
     """Clip the gradients of `params` in place; gradients that the rule leaves alone stay bit for bit.
 
@@ -75,7 +38,8 @@ def clip_gradients_(
         state: The state that the previous call's record carries; None before the first.
         on_nonfinite: What NaN or infinite gradients lead to: "skip" sets every gradient to None, "zero" zeroes the
             non-finite elements, "raise" raises, "propagate" lets the rule work on them.
-        measure: Whether to measure norms that the rule itself does not need, for the record.
+        measure: Whether to measure norms that the rule itself does not need. Without, `Value` under "propagate" is one
+            pass that does not look whether it clips, and its record says that it did.
 
     Returns:
         What was done, with the state for the next call.
@@ -89,8 +53,8 @@ def clip_gradients_(
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> weight.grad = torch.tensor([3.0, 0.5])
         >>> record = clip_gradients_(weight, 1.0)
-        >>> weight.grad, record.clipped
-        (tensor([1.0000, 0.5000]), True)
+        >>> weight.grad
+        tensor([1.0000, 0.5000])
     """
     return clip_assigned_(
         assign(params, rule), state, on_nonfinite=check_policy(on_nonfinite), measure=measure
@@ -125,31 +89,31 @@ def clip_assigned_(
     Raises:
         FloatingPointError: A gradient is not finite, under "raise".
     """
-    state = dict(state or {})
-    present = [i for i, param in enumerate(assignment.params) if param.grad is not None]
+    present = tuple(i for i, param in enumerate(assignment.params) if param.grad is not None)
     if not present:
-        return ClipRecord(state=state)
-    grads = _collect_(assignment, present, loss_scale)
-    order = assignment.order
-    nonfinite: tuple[str, ...] = ()
-    if on_nonfinite != "propagate" or skip_above is not None:
-        damaged = nonfinite_members(grads, order)
-        nonfinite = tuple(assignment.names[present[i]] for i in damaged)
+        return ClipRecord(state=dict(state or {}))
+    job = _Job(assignment, present, _collect_(assignment, present, loss_scale), dict(state or {}))
+    whole = assignment.whole
+    streams = skip_above is None and on_nonfinite in ("skip", "leave", "propagate")
+    if streams and whole is not None and getattr(whole.rule, "local", False):
+        record = _clip_in_chunks_(job, whole, on_nonfinite != "propagate", measure)
+        skip = on_nonfinite == "skip" and bool(record.nonfinite)
+        return _without_gradients_(record, assignment.params) if skip else record
+    record = ClipRecord()
+    if on_nonfinite != "propagate":
+        damaged = nonfinite_members(job.grads, job.order)
+        record = replace(record, nonfinite=job.names(damaged))
         if damaged and on_nonfinite == "raise":
-            raise FloatingPointError(_describe(nonfinite))
+            raise FloatingPointError(_describe(record.nonfinite))
         if damaged and on_nonfinite == "leave":
-            return ClipRecord(float(grads.norm(order)), None, nonfinite=nonfinite, state=state)
+            return job.record(record, job.grads.norms(job.order), None)
         if damaged and on_nonfinite == "zero":
-            for i in damaged:
-                zero_nonfinite_(grads[i])
-            grads = _collect_(assignment, present, loss_scale)
-        over = skip_above is not None and float(grads.norm(order)) > skip_above
-        if over or (damaged and on_nonfinite == "skip"):
-            remove_gradients_(assignment.params)
-            return ClipRecord(
-                float(grads.norm(order)), 0.0, skipped=True, nonfinite=nonfinite, state=state
-            )
-    return _clip_parts_(assignment, present, grads, state, nonfinite, measure, defer)
+            job = _zero_(job, damaged)
+    over = skip_above is not None and float(job.grads.norm(job.order)) > skip_above
+    if over or (on_nonfinite == "skip" and record.nonfinite):
+        record = job.record(record, job.grads.norms(job.order), None)
+        return _without_gradients_(record, assignment.params)
+    return _clip_parts_(job, record, measure, defer)
 
 
 def remove_gradients_(params: Iterable[Tensor]) -> None:
@@ -158,51 +122,136 @@ def remove_gradients_(params: Iterable[Tensor]) -> None:
         param.grad = None
 
 
-def _clip_parts_(
-    assignment: Assignment,
-    present: Sequence[int],
-    grads: Gradients,
-    state: State,
-    nonfinite: tuple[str, ...],
-    measure: bool,
-    defer: bool,
-) -> ClipRecord:
-    order = assignment.order
-    before = grads.norms(order) if measure else None
-    index = {position: i for i, position in enumerate(present)}
-    after = before.clone() if before is not None else None
-    clipped, deferred = False, None
-    for part in assignment.parts:
+@dataclass(frozen=True)
+class _Job:
+    """One call's gradients and what belongs to them."""
+
+    assignment: Assignment
+    present: tuple[int, ...]
+    grads: Gradients
+    state: State
+
+    @property
+    def order(self) -> float:
+        return self.assignment.order
+
+    def names(self, members: Iterable[int]) -> tuple[str, ...]:
+        return tuple(self.assignment.names[self.present[i]] for i in members)
+
+    def params(self, members: Iterable[int]) -> list[Tensor]:
+        return [self.assignment.params[self.present[i]] for i in members]
+
+    def record(self, record: ClipRecord, before: Tensor | None, after: Tensor | None) -> ClipRecord:
+        """Return the record with the norms, and the state where the record has none."""
+        return replace(
+            record,
+            grad_norm=None if before is None else float(combine_norms(before, self.order)),
+            grad_norm_clipped=None if after is None else float(combine_norms(after, self.order)),
+            norms=before,
+            norms_clipped=after,
+            names=self.names(range(len(self.present))),
+            groups=tuple(self.assignment.groups[i] for i in self.present),
+            order=self.order,
+            state=record.state or self.state,
+        )
+
+
+def _without_gradients_(record: ClipRecord, params: Sequence[Tensor]) -> ClipRecord:
+    remove_gradients_(params)
+    return replace(record, grad_norm_clipped=0.0, norms_clipped=None, clipped=False, skipped=True)
+
+
+def _zero_(job: _Job, damaged: Iterable[int]) -> _Job:
+    for i in damaged:
+        zero_nonfinite_(job.grads[i])
+    return replace(job, grads=job.grads.unmeasured())
+
+
+def _clip_in_chunks_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecord:
+    """Clip by a rule that reads one gradient at a time: measure, clip and measure each chunk while it is in the cache.
+
+    A chunk that is not finite stays as it is. Under "skip" the gradients before it are clipped already, but the step
+    is left out as a whole.
+    """
+    everything = range(len(job.grads))
+    plan, own = part.rule.plan(job.grads, job.params(everything), part.state(job.state))
+    by_norm = measure or (watch and not isinstance(plan, Clamp))
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    clipped, finite = False, True
+    for members in _chunks(job.grads):
+        piece = job.grads.select(members)
+        if by_norm:
+            before.append(piece.norms(job.order))
+            after.append(before[-1])
+            if watch and not bool(before[-1].isfinite().all()):
+                finite = False
+                continue
+        outcome = carry_out_(part.rule, plan, piece, job.params(members), watch or measure)
+        clipped, finite = clipped or outcome.clipped, finite and outcome.finite
+        if by_norm and outcome.clipped:
+            after[-1] = norms_after(plan, piece, [], job.order)
+    record = ClipRecord(clipped=clipped, state={**job.state, **part.prefixed(own)})
+    norms = torch.cat(before) if by_norm else None
+    if watch and not finite:
+        damaged = nonfinite_members(
+            job.grads if norms is None else job.grads.with_norms(norms, job.order), job.order
+        )
+        return job.record(
+            replace(record, nonfinite=job.names(damaged), state=job.state), norms, None
+        )
+    clipped_norms = torch.cat(after) if by_norm else None
+    record = job.record(record, norms, clipped_norms)
+    return replace(record, nonzero_share=_nonzero_share(plan, job.grads, clipped_norms))
+
+
+def _clip_parts_(job: _Job, record: ClipRecord, measure: bool, defer: bool) -> ClipRecord:
+    """Clip by each part's rule, all of whose plan is made before anything of the part is written."""
+    before = job.grads.norms(job.order) if measure else None
+    after = None if before is None else before.clone()
+    index = {position: i for i, position in enumerate(job.present)}
+    state, share = job.state, None
+    for part in job.assignment.parts:
         members = [index[position] for position in part.members if position in index]
         if not members:
             continue
-        chosen = grads if len(members) == len(grads) else grads.select(members)
-        params = [assignment.params[present[i]] for i in members]
-        plan, own = part.rule.plan(chosen, params, part.state(state))
+        grads = job.grads if len(members) == len(job.grads) else job.grads.select(members)
+        params = job.params(members)
+        plan, own = part.rule.plan(grads, params, part.state(state))
         state = {**state, **part.prefixed(own)}
-        if defer and isinstance(plan, Scale) and part is assignment.whole:
-            deferred = float(plan.coefficient)
-            changed = deferred != 1.0
+        if defer and isinstance(plan, Scale) and part is job.assignment.whole:
+            record = replace(record, deferred=float(plan.coefficient))
+            clipped = record.deferred != 1.0
         else:
-            changed = carry_out_(part.rule, plan, chosen, params)
-        clipped = clipped or changed
-        if changed and after is not None:
-            after[members] = norms_after(plan, chosen, params, order)
-    if before is None and grads.measured(order):
-        before = grads.norms(order)
-    return ClipRecord(
-        grad_norm=None if before is None else float(combine_norms(before, order)),
-        grad_norm_clipped=None if after is None else float(combine_norms(after, order)),
-        clipped=clipped,
-        nonfinite=nonfinite,
-        deferred=deferred,
-        norms=before,
-        norms_clipped=after,
-        names=tuple(assignment.names[i] for i in present),
-        groups=tuple(assignment.groups[i] for i in present),
-        order=order,
-        state=state,
-    )
+            clipped = carry_out_(part.rule, plan, grads, params).clipped
+        record = replace(record, clipped=record.clipped or clipped)
+        if clipped and after is not None:
+            after[members] = norms_after(plan, grads, params, job.order).to(after.dtype)
+            share = _nonzero_share(plan, grads, after[members])
+    if before is None and job.grads.measured(job.order):
+        before = job.grads.norms(job.order)
+    return job.record(replace(record, state=state, nonzero_share=share), before, after)
+
+
+def _chunks(grads: Gradients) -> Iterator[list[int]]:
+    """Yield the indices of consecutive gradients that together stay in the cache, a large one alone."""
+    members: list[int] = []
+    size = 0
+    for i, grad in enumerate(grads):
+        if members and size + grad.numel() > _CHUNK:
+            yield members
+            members, size = [], 0
+        members.append(i)
+        size += grad.numel()
+    yield members
+
+
+def _nonzero_share(plan: Any, grads: Gradients, norms: Tensor | None) -> float | None:
+    """Return the share of ones among indicators: a vector of zeros and ones has as many ones as its squared 2-norm."""
+    if norms is None or not isinstance(plan, Indicate):
+        return None
+    total = sum(grad.numel() for grad in grads)
+    return round(float(norms.double().square().sum())) / total if total else 0.0
 
 
 def _collect_(assignment: Assignment, present: Sequence[int], loss_scale: float) -> Gradients:
@@ -217,12 +266,7 @@ def _collect_(assignment: Assignment, present: Sequence[int], loss_scale: float)
         if ready is not grad:
             param.grad = ready
         tensors.append(ready)
-    return Gradients(
-        tensors,
-        [assignment.groups[i] for i in present],
-        present,
-        loss_scale,
-    )
+    return Gradients(tensors, [assignment.groups[i] for i in present], present, loss_scale)
 
 
 def _describe(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import torch
@@ -113,20 +113,43 @@ def unit_norms(tensor: Tensor) -> Tensor:
     """Return the 2-norm of each unit: of each slice along the first axis, or of the whole tensor below two axes.
 
     Args:
-        tensor: A strided tensor of any floating or complex dtype.
+        tensor: A strided or distributed tensor of any floating or complex dtype.
 
     Returns:
-        float32 (float64 for double), of a shape that multiplies `tensor`: (rows, 1, ..., 1), or a scalar.
+        float32 (float64 for double), of a shape that multiplies `tensor`: (rows, 1, ..., 1), or a scalar; of a
+        distributed tensor the rows of the local shard.
 
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
         tensor([[5.],
                 [2.]])
     """
-    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
-    values = tensor.abs() if tensor.is_complex() else tensor
+    values = local_values(tensor)
+    values = values.abs() if values.is_complex() else values
     values = values if values.dtype in _EXACT else values.float()
-    return vector_norm(values, 2, dims)
+    norms = vector_norm(values, 2, tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None)
+    if isinstance(tensor, DTensor):
+        dims = [d for d, p in enumerate(tensor.placements) if not isinstance(p, Replicate)]
+        if tensor.ndim > 1:  # a shard along the first axis holds its units as a whole
+            dims = [d for d in dims if getattr(tensor.placements[d], "dim", None) != 0]
+        return _reduce(norms, tensor.device_mesh, dims, 2.0)
+    return norms
+
+
+def reduce_any(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
+    """Return for each flag whether it is set on any process that holds a part of the tensors.
+
+    Args:
+        flags: Flags of this process.
+        tensors: What they were found on; without distributed ones they stay as they are.
+    """
+    meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
+    if not meshes:
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.float32, device=next(iter(meshes)).device_type)
+    for mesh in meshes:
+        found = _reduce(found, mesh, range(mesh.ndim), math.inf)
+    return [bool(flag) for flag in found.tolist()]
 
 
 class Gradients(Sequence[Tensor]):
@@ -172,6 +195,16 @@ class Gradients(Sequence[Tensor]):
     def measured(self, order: float = 2.0) -> bool:
         """Return whether the norms of this order are known already, so that asking costs nothing."""
         return order in self._norms
+
+    def with_norms(self, norms: Tensor, order: float) -> Gradients:
+        """Return the same gradients with norms that were measured elsewhere."""
+        known = self.select(range(len(self)))
+        known._norms = {**self._norms, order: norms}
+        return known
+
+    def unmeasured(self) -> Gradients:
+        """Return the same gradients without norms, for when their elements have changed."""
+        return Gradients(self.tensors, self.groups, self.positions, self.loss_scale)
 
     def select(self, members: Sequence[int]) -> Gradients:
         """Return the gradients at these indices; norms known already are not measured again."""
@@ -251,16 +284,18 @@ def _reduce_over_shards(norms: Tensor, tensors: Sequence[Tensor], order: float) 
         return norms
     norms = norms.clone()
     for (mesh, dims), members in _sharded(tensors).items():
-        part = norms[members] if order == math.inf else norms[members].double() ** order
-        for dim in dims:
-            operation = (
-                torch.distributed.ReduceOp.MAX
-                if order == math.inf
-                else torch.distributed.ReduceOp.SUM
-            )
-            torch.distributed.all_reduce(part, operation, group=mesh.get_group(dim))
-        norms[members] = (part if order == math.inf else part ** (1 / order)).to(norms.dtype)
+        norms[members] = _reduce(norms[members], mesh, dims, order)
     return norms
+
+
+def _reduce(norms: Tensor, mesh: DeviceMesh, dims: Iterable[int], order: float) -> Tensor:
+    """Return the norms of wholes from the norms of their parts along mesh dimensions."""
+    largest = order == math.inf
+    total = norms.clone() if largest else norms.double() ** order
+    operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+    for dim in dims:
+        torch.distributed.all_reduce(total, operation, group=mesh.get_group(dim))
+    return (total if largest else total ** (1 / order)).to(norms.dtype)
 
 
 def _sharded(tensors: Sequence[Tensor]) -> dict[tuple[DeviceMesh, tuple[int, ...]], list[int]]:

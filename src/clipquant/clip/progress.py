@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from clipquant.clip.apply import ClipRecord
+from clipquant.clip.record import ClipRecord
 from clipquant.clip.rules import State
 
 

@@ -21,7 +21,8 @@ class Rule(ABC):
 
     A rule of your own needs no base class: a class with the three methods counts as a subclass. One that has this base
     is found by its short name in a YAML file, once it is imported. `clip_gradients_` asks `plan` once for all
-    gradients, then asks `clip` for each gradient and writes what it returns.
+    gradients, then asks `clip` for each gradient and writes what it returns. Two attributes are optional:
+    `local = True` says that `plan` reads no gradient, `folds = True` that every plan is a `Scale`.
     """
 
     @classmethod
@@ -67,6 +68,7 @@ class Value(Rule):
     """
 
     limit: float
+    local = True
 
     def __post_init__(self) -> None:
         check_number(
@@ -204,6 +206,7 @@ class AGC(Rule):
 
     ratio: float = 0.01
     eps: float = 1e-3
+    local = True
 
     def __post_init__(self) -> None:
         check_number("AGC", "ratio", self.ratio, above=0.0, hint="e.g. 0.01")
@@ -247,6 +250,7 @@ class Indicator(Rule):
     """
 
     threshold: float = 0.0
+    local = True
 
     def __post_init__(self) -> None:
         check_number(
