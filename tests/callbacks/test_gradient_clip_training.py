@@ -277,9 +277,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     whole, half = twins(lambda: ByStep("AdamW"))
     full, first, second = (GradientClipCallback(rule) for _ in range(3))
-    epochs = {
-        "limit_train_batches": stop
-    }  # stop at an epoch's end: the loader has no state of its own to resume
     checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
     train(whole, full, steps=10)
     train(half, [first, checkpoint], stop, enable_checkpointing=True)
