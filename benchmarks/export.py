@@ -72,7 +72,7 @@ def write_files(model, images, labels, calibration, bits, folder):
         ),
     ]
     for width in bits:
-        weights = quantize_weights(model, width)
+        weights = quantize_weights(model, width, method="rtn")
         path = save_artifact(weights, folder / f"{width}.safetensors")
         rows.append((f"artifact, {width} bit", path.stat().st_size, None))
         record = export_pt2(model, weights, example, folder / f"{width}.pt2")
@@ -86,7 +86,7 @@ def write_files(model, images, labels, calibration, bits, folder):
 
     record = export_onnx_int8(
         model,
-        quantize_weights(model, 8),
+        quantize_weights(model, 8, method="rtn"),
         example,
         folder / "int8.onnx",
         calibration=calibration,
