@@ -122,7 +122,7 @@ def test_version_and_help_do_not_wait_for_torch():
 
 
 def test_missing_jsonargparse_names_the_extra(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr("clipquant.cli.trainer.find_spec", lambda name: None)
     assert main(["fit", "--config", "any.yaml"]) == 1
     assert "pip install 'clipquant[cli]'" in capsys.readouterr().err
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
-from clipquant.callbacks.evaluate import judge, stand_in, validation_metrics
+from clipquant.callbacks.evaluate import judge, validation_metrics
+from clipquant.callbacks.guest import stand_in
 
 
 class Net(pl.LightningModule):

@@ -10,11 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from clipquant.callbacks.evaluate import Judgement, dataloaders, judge
+from clipquant.callbacks.data import train_batches
+from clipquant.callbacks.evaluate import Judgement, judge
 from clipquant.model import AutoBits, QuantizedModel, quantize_auto
 from clipquant.quant.layers import select
 from clipquant.quant.model import QuantizedWeights
@@ -44,7 +45,7 @@ def choose_bits(
     loss = _Loss()
     targets = select(module, goal.include, goal.exclude).targets
     with isolate_rng(), _without_log_warnings():
-        fisher = squared_gradients(module, targets, training_batches(trainer, batches), loss)
+        fisher = squared_gradients(module, targets, _training_batches(trainer, batches), loss)
     module.zero_grad(set_to_none=True)
     judged: list[Judgement] = []
 
@@ -60,21 +61,20 @@ def choose_bits(
     return quantized.reported(calibration=said), judged[-1] if judged else before
 
 
-def training_batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
-    """Return the first batches of the training data, asked anew.
+def _training_batches(trainer: pl.Trainer, count: int) -> list[Any]:
+    """Return the first batches that `training_step` would get.
 
     Raises:
         ValueError: If there is none, or none is asked for.
     """
-    loaders = dataloaders(trainer, "train")
-    if loaders is None or count == 0:
+    batches = list(islice(train_batches(trainer, "max_size_cycle"), count))
+    if not batches:
         raise ValueError(
             "bits='auto' estimates from training batches how much each row matters; got "
-            f"calibration_batches={count} and {'no' if loaders is None else 'a'} train dataloader. "
-            "Set calibration_batches to 1 or more, and give the Trainer training data."
+            f"calibration_batches={count} and no batch. Set calibration_batches to 1 or more, and "
+            "give the Trainer training data."
         )
-    combined = CombinedLoader(loaders, "max_size_cycle")
-    return islice((batch for batch, _, _ in combined), count)
+    return batches
 
 
 class _Loss:

@@ -1,48 +1,14 @@
-"""Calibration from the Trainer's own data: its train batches, run through the module's own step."""
+"""Calibration batches run through the module's own step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from clipquant.callbacks.evaluate import dataloaders
-from clipquant.quant.observe import Forward, calibration_data, call_model
-
-
-def train_batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """Yield batches of the train data, or of the validation data where there are none, on the CPU."""
-    for stage in ("train", "val"):
-        loaders = dataloaders(trainer, stage)
-        if loaders is not None:
-            for batch, _, _ in iter(CombinedLoader(loaders, "sequential")):
-                yield move_data_to_device(batch, "cpu")
-            return
-
-
-def calibration_batches(trainer: pl.Trainer, count: int, seed: int = 0) -> list[Any]:
-    """Return the first `count` train batches, the same for the same seed; random state is left as it was.
-
-    Args:
-        trainer: The Trainer that has fitted.
-        count: How many; 0: none.
-        seed: Of shuffling and of the train transforms.
-
-    Raises:
-        ValueError: If the data are empty.
-        RuntimeError: If the loader raises, naming the batch.
-    """
-    if count == 0:
-        return []
-    with isolate_rng():
-        torch.manual_seed(seed)
-        return calibration_data(train_batches(trainer), count)
+from clipquant.quant.observe import Forward, call_model
 
 
 def step_forward(trainer: pl.Trainer, module: pl.LightningModule) -> Forward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import statistics
 import time
@@ -13,18 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torchmetrics import Metric
+
+from clipquant.callbacks.data import kept_generators, validation_data
+from clipquant.callbacks.guest import closed, stand_in
 
 _TALKERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
-_BUILDERS = ("prepare_data", "setup", "teardown", "configure_model", "configure_callbacks")
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,12 @@ def judge(
     _end_progress(trainer)
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
-        stack.enter_context(_kept_generators(loaders))
+        stack.enter_context(kept_generators(loaders))
         stack.enter_context(_quiet())
         guest = stack.enter_context(stand_in(module))
         if state is not None:
             guest.load_state_dict(dict(state), strict=False)
-        stack.enter_context(_closed(guest))
+        stack.enter_context(closed(guest))
         host = stack.enter_context(_hosted(trainer.datamodule))  # type: ignore[attr-defined]
         inner = _inner_trainer(trainer, host)
         inner.validate(guest, dataloaders=loaders, verbose=False)
@@ -92,114 +89,11 @@ def judge(
     return Judgement(metrics, tuple(host.milliseconds), host.batch)
 
 
-def validation_data(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
-    """Return the validation dataloaders asked anew; None where there are none, or no step to run."""
-    if not is_overridden("validation_step", module, pl.LightningModule):
-        return None
-    if trainer.limit_val_batches == 0:
-        return None
-    return dataloaders(trainer, "val")
-
-
-def dataloaders(trainer: pl.Trainer, stage: str) -> Any:
-    """Return the dataloaders of a stage ("train" or "val") asked anew from where fit got them.
-
-    The loaders that the Trainer holds may carry samplers for one process of several; these are
-    the user's own. None where there are none.
-    """
-    loop = trainer.fit_loop if stage == "train" else trainer.fit_loop.epoch_loop.val_loop
-    source = loop._data_source
-    if source.instance is None or not source.is_defined():
-        return None
-    if source.is_module():
-        return getattr(source.instance, source.name)()
-    return source.instance
-
-
-def copy_module(module: pl.LightningModule) -> pl.LightningModule:
-    """Return a deep copy of a LightningModule that is attached to no Trainer.
-
-    Args:
-        module: Any module; its Trainer, if it has one, is neither copied nor changed.
-    """
-    trainer, module._trainer = module._trainer, None
-    try:
-        copied = copy.deepcopy(module)
-    finally:
-        module._trainer = trainer
-    copied._metric_attributes = None  # names its metrics by id(): the copies have others
-    return copied
-
-
 def _end_progress(trainer: pl.Trainer) -> None:
     """End the fit's progress bar where it is rich's, whose screen holds one live display at a time."""
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar):
         bar.teardown(trainer, trainer.lightning_module, "fit")
-
-
-@contextmanager
-def stand_in(module: pl.LightningModule) -> Iterator[pl.LightningModule]:
-    """Yield a deep copy of `module`, or where it cannot be copied itself, put back at the end.
-
-    Put back are its parameters, buffers, modes and Trainer, and with a warning: what else its own
-    code changes stays changed.
-    """
-    try:
-        guest = copy_module(module)
-    except Exception as error:
-        rank_zero_warn(
-            f"{type(module).__name__} cannot be deep-copied ({type(error).__name__}: {error}), so it "
-            "is judged itself: its weights, modes and Trainer are put back afterwards, other state "
-            "that its validation_step keeps is not. Make its attributes copyable to avoid this."
-        )
-    else:
-        yield guest
-        return
-    with _put_back(module):
-        yield module
-
-
-@contextmanager
-def _put_back(module: pl.LightningModule) -> Iterator[None]:
-    kept = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
-    modes = [(part, part.training) for part in module.modules()]
-    trainer = module._trainer
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.data = value.to(tensor.device)
-        for part, training in modes:
-            part.training = training
-        module._trainer = trainer
-
-
-@contextmanager
-def _closed(guest: pl.LightningModule) -> Iterator[None]:
-    """Keep a module that is built already from building again, and its metrics from other processes.
-
-    A `setup` or `configure_model` run once more may make fresh layers; metrics that synchronize
-    would wait for processes that are not judging.
-    """
-    for name in _BUILDERS:
-        setattr(guest, name, getattr(pl.LightningModule, name).__get__(guest))
-    metrics = [part for part in guest.modules() if isinstance(part, Metric)]
-    available = [metric.distributed_available_fn for metric in metrics]
-    for metric in metrics:
-        metric.distributed_available_fn = _alone
-    try:
-        yield
-    finally:
-        for name in _BUILDERS:
-            delattr(guest, name)
-        for metric, function in zip(metrics, available, strict=True):
-            metric.distributed_available_fn = function
-
-
-def _alone() -> bool:
-    return False
 
 
 class _Host(pl.Callback):
@@ -279,20 +173,6 @@ def _batch_size(batch: Any) -> int:
         return extract_batch_size(batch)
     except Exception:  # a batch of unknown make has no size; only a label of the report wants it
         return 0
-
-
-@contextmanager
-def _kept_generators(loaders: Any) -> Iterator[None]:
-    """Leave the random generators that dataloaders carry as they were."""
-    flat = CombinedLoader(loaders, "sequential").flattened
-    held = [getattr(part, "generator", None) for part in flat]
-    held += [getattr(getattr(part, "sampler", None), "generator", None) for part in flat]
-    states = [(g, g.get_state()) for g in held if isinstance(g, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from clipquant.callbacks.calibration import train_batches
-from clipquant.callbacks.evaluate import copy_module, judge
+from clipquant.callbacks.data import train_batches
+from clipquant.callbacks.evaluate import judge
+from clipquant.callbacks.guest import copy_module
 from clipquant.export import (
     Example,
     ExportError,

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from clipquant.artifact import read_metadata
 from clipquant.budget import BudgetError
 from clipquant.callbacks.auto import choose_bits
-from clipquant.callbacks.calibration import calibration_batches as take_batches
 from clipquant.callbacks.calibration import step_forward
-from clipquant.callbacks.evaluate import Judgement, copy_module, judge, validation_data
+from clipquant.callbacks.checkpoint import load_best, monitored
+from clipquant.callbacks.data import calibration_batches as take_batches
+from clipquant.callbacks.data import validation_data
+from clipquant.callbacks.evaluate import Judgement, judge
 from clipquant.callbacks.export import check_formats, check_installed, export_files
+from clipquant.callbacks.guest import copy_module
+from clipquant.callbacks.loggers import log_report
+from clipquant.callbacks.quantize_checks import (
+    check_budgets,
+    check_calibration,
+    check_choice,
+    check_writable,
+    refuse_shards,
+)
 from clipquant.model import AutoBits, QuantizedModel, check_auto, quantize
 from clipquant.quant.layers import select
 from clipquant.quant.model import CALIBRATED, check_method, method_for, specs_for
@@ -101,17 +108,8 @@ bits='auto' with max_drop or max_size to have it chosen.
         check_choice("weights", weights, ("last", "best"))
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
-        _check_budgets(bits, max_drop, max_size)
-        if calibration_batches != int(calibration_batches) or calibration_batches < 0:
-            raise ValueError(
-                "calibration_batches must be a whole number, 0 or more; got "
-                f"{calibration_batches!r}. 0 quantizes without data."
-            )
-        if method in CALIBRATED and calibration_batches == 0:
-            raise ValueError(
-                f"method={method!r} calibrates on train batches; got calibration_batches=0. "
-                "Set it to 1 or more, or choose 'rtn', 'mse' or 'hqq'."
-            )
+        check_budgets(bits, max_drop, max_size)
+        check_calibration(calibration_batches, method)
         self.export = check_formats(export, calibration_batches)
         self.calibration_batches, self.max_drop = calibration_batches, max_drop
         self.max_size, self.on_fail = max_size, on_fail
@@ -132,12 +130,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         if stage != "fit":
             return
         check_installed(self.export)
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-            raise ValueError(
-                "QuantizeOnFitEnd needs whole weights at fit end; "
-                f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
-                "device, or call clipquant.quantize() on the consolidated checkpoint."
-            )
+        refuse_shards(trainer)
         if self.weights == "best" and not trainer.checkpoint_callbacks:
             raise ValueError(
                 "weights='best' needs a ModelCheckpoint callback, and the Trainer has none. "
@@ -288,34 +281,6 @@ bits='auto' with max_drop or max_size to have it chosen.
         return Path(trainer.log_dir or trainer.default_root_dir) / "quantized"
 
 
-def monitored(trainer: pl.Trainer, monitor: str | None, mode: str | None) -> tuple[str, str]:
-    """Return which metric judges and which way: as given, else ModelCheckpoint's, else val_loss."""
-    for callback in trainer.checkpoint_callbacks:
-        own = callback.monitor if isinstance(callback, ModelCheckpoint) else None
-        if own is not None and monitor in (None, own):
-            return own, mode or callback.mode  # type: ignore[attr-defined]
-    return monitor or "val_loss", mode or "min"
-
-
-def log_report(report: QuantizationReport, loggers: Iterable[Logger], step: int) -> None:
-    """Write the report's figures to the Trainer's loggers as metrics, its choices as hyper-parameters.
-
-    `self.log` raises at the end of a fit, so the loggers are told themselves; one that cannot take
-    them is named in a warning and the others still are told.
-    """
-    choices = {f"quantized/bits/{layer.name}": layer.bits for layer in report.layers}
-    for logger in loggers:
-        try:
-            logger.log_hyperparams(choices)
-            logger.log_metrics(report.figures(), step)
-            logger.save()
-        except Exception as error:  # noqa: PERF203 - each logger fails by itself
-            rank_zero_warn(
-                f"{type(logger).__name__} did not take the quantization figures "
-                f"({type(error).__name__}: {error}); they stand in report.json."
-            )
-
-
 def _copy_or_itself(module: pl.LightningModule) -> pl.LightningModule:
     """Return a copy of the module, or itself where it has none; `judge` tells the user of that."""
     try:
@@ -339,54 +304,3 @@ def _latency(before: Judgement, after: Judgement) -> Latency | None:
 def _seed() -> int | None:
     seed = os.environ.get("PL_GLOBAL_SEED")
     return int(seed) if seed else None
-
-
-def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Load into `module` the weights of the best checkpoint that the Trainer has kept."""
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not path:
-        raise ValueError(
-            "weights='best' found no best checkpoint: ModelCheckpoint has saved none. "
-            "Give it a monitor, or use weights='last'."
-        )
-    checkpoint: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    module.load_state_dict(checkpoint["state_dict"])
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise unless `value` is one of `choices`.
-
-    >>> check_choice("mode", "up", ("min", "max"))
-    Traceback (most recent call last):
-    ...
-    ValueError: mode must be one of 'min', 'max'; got 'up'.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-
-
-def check_writable(folder: Path) -> None:
-    """Raise unless a file can be made in `folder`, which is made where it is missing."""
-    probe = folder / ".clipquant-probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"QuantizeOnFitEnd cannot write to {str(folder)!r} ({error.strerror}): "
-            "set dirpath to a folder that is writable",
-        ) from error
-
-
-def _check_budgets(bits: object, max_drop: object, max_size: object) -> None:
-    given = {"max_drop": max_drop, "max_size": max_size}
-    named = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
-    if bits != "auto" and named:
-        raise ValueError(
-            f"a budget needs bits='auto', which chooses the bits by it; got bits={bits!r} with "
-            f"{named}. Set bits='auto', or leave the budget out."
-        )
-    if bits == "auto" and not named:
-        raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")

@@ -1,0 +1,81 @@
+"""What QuantizeOnFitEnd refuses before training: settings that are wrong in themselves or that do not go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from clipquant.quant.model import CALIBRATED
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise unless `value` is one of `choices`.
+
+    >>> check_choice("mode", "up", ("min", "max"))
+    Traceback (most recent call last):
+    ...
+    ValueError: mode must be one of 'min', 'max'; got 'up'.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise unless a file can be made in `folder`, which is made where it is missing."""
+    probe = folder / ".clipquant-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"QuantizeOnFitEnd cannot write to {str(folder)!r} ({error.strerror}): "
+            "set dirpath to a folder that is writable",
+        ) from error
+
+
+def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
+    """Raise unless budgets and bits="auto" come together."""
+    given = {"max_drop": max_drop, "max_size": max_size}
+    named = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
+    if bits != "auto" and named:
+        raise ValueError(
+            f"a budget needs bits='auto', which chooses the bits by it; got bits={bits!r} with "
+            f"{named}. Set bits='auto', or leave the budget out."
+        )
+    if bits == "auto" and not named:
+        raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
+
+
+def check_calibration(calibration_batches: int, method: str) -> None:
+    """Raise unless the count is one, and not 0 where the method calibrates.
+
+    >>> check_calibration(0, "gptq")
+    Traceback (most recent call last):
+    ...
+    ValueError: method='gptq' calibrates on train batches; got calibration_batches=0. Set it to 1 or more, or choose \
+'rtn', 'mse' or 'hqq'.
+    """
+    if calibration_batches != int(calibration_batches) or calibration_batches < 0:
+        raise ValueError(
+            "calibration_batches must be a whole number, 0 or more; got "
+            f"{calibration_batches!r}. 0 quantizes without data."
+        )
+    if method in CALIBRATED and calibration_batches == 0:
+        raise ValueError(
+            f"method={method!r} calibrates on train batches; got calibration_batches=0. "
+            "Set it to 1 or more, or choose 'rtn', 'mse' or 'hqq'."
+        )
+
+
+def refuse_shards(trainer: pl.Trainer) -> None:
+    """Refuse strategies after which no process holds whole weights."""
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        raise ValueError(
+            "QuantizeOnFitEnd needs whole weights at fit end; "
+            f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
+            "device, or call clipquant.quantize() on the consolidated checkpoint."
+        )

@@ -1,0 +1,5 @@
+"""The command line: Lightning's own commands with this package's names, and commands on files."""
+
+from clipquant.cli.program import COMMANDS, build_parser, main
+
+__all__ = ["COMMANDS", "build_parser", "main"]

@@ -1,0 +1,31 @@
+"""What a command on files is, and the error that a command tells its user."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class CommandError(Exception):
+    """What the user has to change; shown as it is, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command on files: its help line, the arguments it takes and what it does with them.
+
+    Args:
+        help: one line for ``clipquant --help``.
+        add_arguments: declares the arguments on the command's parser.
+        run: does the work and returns the exit code.
+    """
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def add_file(parser: argparse.ArgumentParser) -> None:
+    """Declare the one argument of a command on one quantized file."""
+    parser.add_argument("file", metavar="FILE", help="a quantized .safetensors file")

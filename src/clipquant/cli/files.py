@@ -1,0 +1,161 @@
+"""Commands on quantized files: what they hold, whether they are whole, what they cost and gained."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipquant.cli.command import Command, CommandError, add_file
+
+if TYPE_CHECKING:
+    from clipquant.artifact import Artifact
+    from clipquant.report.record import QuantizationReport
+
+
+def inspect_file(path: str | Path) -> int:
+    """Print what a quantized file holds, a line a tensor, after proving it whole.
+
+    Args:
+        path: a file written by ``QuantizeOnFitEnd`` or ``QuantizedModel.save``.
+
+    Returns:
+        0.
+
+    Raises:
+        ArtifactError: where the file is missing, damaged, or no such file.
+    """
+    from clipquant.artifact import read_artifact
+    from clipquant.report.table import print_table
+
+    artifact = read_artifact(path)
+    print_table(Path(path).name, ("name", "shape", "bits", "bytes"), list(_tensor_rows(artifact)))
+    print(
+        f"{Path(path).stat().st_size:,} bytes in all, format_version "
+        f"{artifact.metadata['format_version']}, {_name_versions(artifact)}"
+    )
+    return 0
+
+
+def verify_file(path: str | Path) -> int:
+    """Print whether a quantized file is whole, or everything that is damaged in it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        0 where it is whole, 1 otherwise.
+
+    Raises:
+        CommandError: where there is no such file.
+    """
+    from clipquant.artifact import verify_artifact
+
+    if not Path(path).is_file():
+        raise CommandError(f"{path} is no file: pass the path of a quantized .safetensors file.")
+    damage = verify_artifact(path)
+    if not damage:
+        print(f"{path}: ok")
+    elif damage[0].startswith(str(path)):
+        print(damage[0])
+    else:
+        print(f"{path} is damaged: {', '.join(damage)}. Fetch or write it again.")
+    return 1 if damage else 0
+
+
+def report_file(path: str | Path, html: str | Path | None) -> int:
+    """Print the report of a quantized file, or write it as HTML, from the file alone.
+
+    Args:
+        path: a file written by ``QuantizeOnFitEnd`` or ``QuantizedModel.save``.
+        html: where to write the page; None: print tables.
+
+    Returns:
+        0.
+
+    Raises:
+        ArtifactError: where the file is missing, damaged, or no such file.
+    """
+    from clipquant.report.page import render_page
+    from clipquant.report.table import print_report
+
+    report = _read_report(path)
+    if html is None:
+        print_report(report)
+        return 0
+    Path(html).write_text(render_page(report), "utf-8")
+    print(f"Report: {html}")
+    return 0
+
+
+def compare_files(one: str | Path, other: str | Path) -> int:
+    """Print two quantized files side by side: size, metrics, and each weight's bits and SQNR."""
+    from clipquant.report.table import compare_rows, print_table
+
+    rows = compare_rows(_read_report(one), _read_report(other))
+    print_table("Compared", ("", str(one), str(other)), rows)
+    return 0
+
+
+def _read_report(path: str | Path) -> QuantizationReport:
+    from clipquant.artifact import read_artifact
+    from clipquant.report.stored import report_of
+
+    artifact = read_artifact(path)
+    return report_of(artifact.weights, artifact.metadata, Path(path).stat().st_size, str(path))
+
+
+def _tensor_rows(artifact: Artifact) -> Iterator[tuple[str, str, str, str]]:
+    from clipquant.report.layers import stored_bytes
+
+    weights = artifact.weights
+    for name, tensor in weights.tensors.items():
+        bits = f"{tensor.code_bits / max(tensor.numel, 1):.3g}"
+        yield name, _show_shape(tensor.layout.shape), bits, f"{stored_bytes(tensor):,}"
+    for name, value in weights.floats.items():
+        dtype = str(value.dtype).removeprefix("torch.")
+        yield name, _show_shape(value.shape), dtype, f"{value.nbytes:,}"
+    for alias, name in weights.aliases.items():
+        yield alias, f"tied to {name}", "", "0"
+
+
+def _show_shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _name_versions(artifact: Artifact) -> str:
+    versions: dict[str, str] = artifact.metadata["versions"]
+    return "written by " + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a quantized file")
+    parser.add_argument("--html", metavar="OUT", help="write the report as one HTML page instead")
+
+
+def _add_two_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("one", help="a quantized file")
+    parser.add_argument("other", help="another")
+
+
+INSPECT = Command(
+    "show what a quantized file holds: name, shape, bits and bytes of every tensor",
+    add_file,
+    lambda args: inspect_file(args.file),
+)
+VERIFY = Command(
+    "say whether a quantized file is whole, or what is damaged; exit code 1 if so",
+    add_file,
+    lambda args: verify_file(args.file),
+)
+REPORT = Command(
+    "print the report of a quantized file, or write it as HTML, from the file alone",
+    _add_report,
+    lambda args: report_file(args.file, args.html),
+)
+COMPARE = Command(
+    "lay two quantized files side by side: size, metrics, bits and SQNR of every weight",
+    _add_two_files,
+    lambda args: compare_files(args.one, args.other),
+)
