@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class _Run:
     def solve_(self, target: Target, moments: Moments) -> None:
         matrix = target.layout.fold(target.weight.detach())
         before = self.solutions.get(target.name)
-        bias = _bias_of(self.rounded, target)
+        bias = bias_of(self.rounded, target)
         if moments.hessian.dim() == 2:
             text = "inputs' second moments too large: their diagonal alone"
             self.notes.setdefault(target.name, []).append(text)
@@ -146,9 +146,7 @@ class _Run:
         """Put a tensor wherever the network holds the one of that name."""
         path, _, attribute = name.rpartition(".")
         old = getattr(self.exact.get_submodule(path), attribute)
-        parameter = nn.Parameter(value, requires_grad=False)
-        for place, key in _holders(self.exact, old):
-            self.rounded.get_submodule(place)._parameters[key] = parameter
+        put_(self.rounded, holders(self.exact, old), nn.Parameter(value, requires_grad=False))
 
     def _correct_(self, target: Target, bias: str, found: Solution, moments: Moments) -> None:
         """Give the bias what makes the mean output that of the float network."""
@@ -210,7 +208,7 @@ def _why_free(model: nn.Module, target: Target) -> str:
     return reasons[0] if reasons else "the calibration data never reach this layer"
 
 
-def _bias_of(model: nn.Module, target: Target) -> str | None:
+def bias_of(model: nn.Module, target: Target) -> str | None:
     """Return the name of the bias that is added to a weight's outputs alone, if there is one."""
     name = target.attribute.replace("weight", "bias")
     module = model.get_submodule(target.name.rpartition(".")[0])
@@ -241,7 +239,16 @@ def _with_lookup(moments: Moments, matrix: Tensor) -> Moments:
     )
 
 
-def _holders(model: nn.Module, tensor: Tensor) -> list[tuple[str, str]]:
+def put_(model: nn.Module, places: Iterable[tuple[str, str]], tensor: Tensor) -> None:
+    """Let a model hold a tensor, which may be part of a graph, at some module paths and attributes."""
+    for path, key in places:
+        module = model.get_submodule(path)
+        module._parameters[key] = cast(nn.Parameter, tensor)
+        if isinstance(module, nn.RNNBase):  # it reads its weights from a list of its own
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def holders(model: nn.Module, tensor: Tensor) -> list[tuple[str, str]]:
     """Return every place, as module path and attribute, at which a model holds a tensor."""
     return [
         (path, name)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipquant.quant.adaround import adaround
 from clipquant.quant.calibrate import Calibrated, Progress, calibrate
 from clipquant.quant.grid import dequantize, from_codes
 from clipquant.quant.layers import Globs, LeftInFloat, Target, check_globs, select
@@ -18,8 +19,8 @@ from clipquant.quant.ranges import quantize_weight
 from clipquant.quant.solve import Solution, solve_free
 from clipquant.quant.spec import Granularity, QuantizedTensor, QuantSpec, check_bits
 
-METHODS = ("auto", "rtn", "mse", "hqq", "gptq")
-CALIBRATED = ("gptq",)  # these need data
+METHODS = ("auto", "rtn", "mse", "hqq", "gptq", "adaround")
+CALIBRATED = ("gptq", "adaround")  # these need data
 
 _PLENTY = 7  # bits from which plain rounding loses nothing that data could save
 
@@ -55,7 +56,7 @@ def check_method(method: str, known: Sequence[str] = METHODS) -> None:
     >>> check_method("awq")
     Traceback (most recent call last):
     ...
-    ValueError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq'; got 'awq'.
+    ValueError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq', 'adaround'; got 'awq'.
     """
     if method not in known:
         raise ValueError(f"method must be one of {', '.join(map(repr, known))}; got {method!r}.")
@@ -84,7 +85,7 @@ def quantize_weights(
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle.
         granularity: "tensor", "channel" or a group size.
-        method: "rtn", "mse" and "hqq" look at the weights alone; "gptq" needs batches;
+        method: "rtn", "mse" and "hqq" look at the weights alone; "gptq" and "adaround" need batches;
             "auto" takes "rtn" from 7 bits up, else "gptq" with batches and "mse" without.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
@@ -120,6 +121,8 @@ def quantize_weights(
         found = calibrate(
             model, rest, specs, batches, fixed=tensors, forward=forward, progress=progress
         )
+        if method == "adaround":
+            found = adaround(model, rest, specs, found, batches, forward=forward, progress=progress)
     for target in rest:
         tensors[target.name] = _tensor_of(target, specs[target.name], found.solutions[target.name])
     floats = rest_of(model, tensors, selection.aliases)
