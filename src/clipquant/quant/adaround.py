@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.calibrate import Calibrated, Progress, bias_of, holders, put_
+from clipquant.quant.calibrate import Calibrated, Progress, bias_of, hold_
 from clipquant.quant.grid import dequantize_rows
 from clipquant.quant.layers import Target
 from clipquant.quant.observe import HESSIAN_LIMIT, Forward, call_model, observe, twin
@@ -148,10 +148,8 @@ class _Network:
         )
 
     def _put_all_(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            path, _, attribute = name.rpartition(".")
-            old = getattr(self.exact.get_submodule(path), attribute)
-            put_(self.learned, holders(self.exact, old), tensor.to(old.dtype))
+        dtypes = {name: self.exact.get_parameter(name).dtype for name in tensors}
+        hold_(self.exact, self.learned, {n: t.to(dtypes[n]) for n, t in tensors.items()})
 
     def distance(self, number: int, batch: Any) -> Tensor:
         """Return how far the outputs for a batch are from the float network's."""

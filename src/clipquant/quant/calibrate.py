@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias, cast
@@ -144,9 +144,7 @@ class _Run:
 
     def hold_(self, name: str, value: Tensor) -> None:
         """Put a tensor wherever the network holds the one of that name."""
-        path, _, attribute = name.rpartition(".")
-        old = getattr(self.exact.get_submodule(path), attribute)
-        put_(self.rounded, holders(self.exact, old), nn.Parameter(value, requires_grad=False))
+        hold_(self.exact, self.rounded, {name: nn.Parameter(value, requires_grad=False)})
 
     def _correct_(self, target: Target, bias: str, found: Solution, moments: Moments) -> None:
         """Give the bias what makes the mean output that of the float network."""
@@ -239,16 +237,25 @@ def _with_lookup(moments: Moments, matrix: Tensor) -> Moments:
     )
 
 
-def put_(model: nn.Module, places: Iterable[tuple[str, str]], tensor: Tensor) -> None:
-    """Let a model hold a tensor, which may be part of a graph, at some module paths and attributes."""
-    for path, key in places:
-        module = model.get_submodule(path)
-        module._parameters[key] = cast(nn.Parameter, tensor)
-        if isinstance(module, nn.RNNBase):  # it reads its weights from a list of its own
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+def hold_(exact: nn.Module, other: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let a twin of `exact` hold other parameters, each wherever `exact` holds the one of its key.
+
+    Args:
+        exact: The network that tells which places share a tensor.
+        other: Its twin.
+        tensors: State-dict key -> parameter, which may be part of a graph.
+    """
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        old = getattr(exact.get_submodule(path), attribute)
+        for place, key in _holders(exact, old):
+            module = other.get_submodule(place)
+            module._parameters[key] = cast(nn.Parameter, tensor)
+            if isinstance(module, nn.RNNBase):  # it reads its weights from a list of its own
+                module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
 
 
-def holders(model: nn.Module, tensor: Tensor) -> list[tuple[str, str]]:
+def _holders(model: nn.Module, tensor: Tensor) -> list[tuple[str, str]]:
     """Return every place, as module path and attribute, at which a model holds a tensor."""
     return [
         (path, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.quant.adaround import adaround
-from clipquant.quant.calibrate import Calibrated, Progress, calibrate
+from clipquant.quant.batchnorm import batch_norms, reestimate
+from clipquant.quant.calibrate import Calibrated, Progress, calibrate, hold_
 from clipquant.quant.grid import dequantize, from_codes
 from clipquant.quant.layers import Globs, LeftInFloat, Target, check_globs, select
-from clipquant.quant.observe import Forward, call_model
+from clipquant.quant.observe import Forward, call_model, twin
 from clipquant.quant.ranges import quantize_weight
 from clipquant.quant.solve import Solution, solve_free
 from clipquant.quant.spec import Granularity, QuantizedTensor, QuantSpec, check_bits
@@ -128,14 +129,36 @@ def quantize_weights(
             found = adaround(model, rest, specs, found, batches, forward=forward, progress=progress)
     for target in rest:
         tensors[target.name] = _tensor_of(target, specs[target.name], found.solutions[target.name])
+    statistics = _statistics(model, tensors, found.biases, batches or (), forward)
     floats = rest_of(model, tensors, selection.aliases)
+    changed = {**found.biases, **statistics}
     return QuantizedWeights(
         {t.name: tensors[t.name] for t in selection.targets},
-        floats | {name: bias for name, bias in found.biases.items() if name in floats},
+        floats | {name: tensor for name, tensor in changed.items() if name in floats},
         selection.aliases,
-        selection.left,
+        tuple(_followed(item) if item.name in statistics else item for item in selection.left),
         {name: "; ".join(notes) for name, notes in found.notes.items()},
     )
+
+
+def _statistics(
+    model: nn.Module,
+    tensors: Mapping[str, QuantizedTensor],
+    biases: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    forward: Forward,
+) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics that suit the quantized weights better than the model's own."""
+    if not batches or not batch_norms(model):
+        return {}
+    exact, rounded = twin(model), twin(model)
+    hold_(exact, rounded, {name: dequantize(tensor) for name, tensor in tensors.items()})
+    hold_(exact, rounded, biases)
+    return reestimate(exact, rounded, batches, forward)
+
+
+def _followed(item: LeftInFloat) -> LeftInFloat:
+    return replace(item, why="BatchNorm statistic, re-estimated for the quantized weights")
 
 
 def method_for(method: str, spec: QuantSpec, data: bool) -> str:
