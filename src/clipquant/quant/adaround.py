@@ -39,12 +39,12 @@ def adaround(
     steps: int = STEPS,
     progress: Progress | None = None,
 ) -> Calibrated:
-    """Return codes, grids and biases learned until the whole network's outputs are those of the float one.
+    """Return codes, grids and biases learned so that the whole network's outputs are those of the float one.
 
-    A code may move by one step from where GPTQ or its float weight puts it; nothing else of the
-    network changes, and no label is read. The float weights are no parameters here: they only say
-    where learning starts. What does not lower the outputs' distance over all batches is given up, and
-    so are the codes of a layer whose own output error would exceed plain rounding's.
+    Each code may move by a step from where its float weight lies, or as far as the first codes were
+    moved; no label is read. What does not lower the outputs' distance over all batches is given up, and
+    so are the codes of a layer whose own output error would exceed plain rounding's. Other than the
+    layers' own errors, it counts what a layer that is run many times does to itself.
 
     Args:
         model: Any module; it is not touched.
@@ -135,21 +135,20 @@ class _Network:
             name: self.targets[name].layout.unfold(rounding.matrix())
             for name, rounding in self.roundings.items()
         }
-        self._put_all_(weights | self.biases_now())
+        hold_(self.exact, self.learned, self._cast(weights | self.biases_now()))
 
     def freeze_(self, solutions: Mapping[str, Solution]) -> None:
-        """Give the learned network the weights that some codes stand for."""
-        self._put_all_(
-            {
-                name: self.targets[name].layout.unfold(dequantize_rows(found.codes, found.grid))
-                for name, found in solutions.items()
-            }
-            | self.biases_now()
-        )
+        """Give the learned network the weights that some codes stand for, as parameters."""
+        weights = {
+            name: self.targets[name].layout.unfold(dequantize_rows(found.codes, found.grid))
+            for name, found in solutions.items()
+        }
+        tensors = weights | self.biases_now()
+        parameters = {n: nn.Parameter(t, False) for n, t in self._cast(tensors).items()}
+        hold_(self.exact, self.learned, parameters)
 
-    def _put_all_(self, tensors: Mapping[str, Tensor]) -> None:
-        dtypes = {name: self.exact.get_parameter(name).dtype for name in tensors}
-        hold_(self.exact, self.learned, {n: t.to(dtypes[n]) for n, t in tensors.items()})
+    def _cast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: t.to(self.exact.get_parameter(n).dtype) for n, t in tensors.items()}
 
     def distance(self, number: int, batch: Any) -> Tensor:
         """Return how far the outputs for a batch are from the float network's."""

@@ -81,7 +81,7 @@ def calibrate(
     """
     exact, rounded = twin(model), twin(model)
     own = {t.name: t for t in targets}
-    seen = _seen(exact, targets, batches, forward)
+    seen = seen_uses(exact, targets, batches, forward)
     run = _Run(exact, rounded, specs, {}, {}, {})
     for name, tensor in (fixed or {}).items():
         run.hold_(name, dequantize(tensor))
@@ -157,7 +157,7 @@ class _Run:
         self.hold_(path, new)
 
 
-def _seen(
+def seen_uses(
     model: nn.Module, targets: Sequence[Target], batches: Sequence[Any], forward: Forward
 ) -> dict[str, Use]:
     """Return how the weights are used, from as few batches as it takes to meet them all."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from clipquant.quant.adaround import adaround
 from clipquant.quant.batchnorm import batch_norms, reestimate
-from clipquant.quant.calibrate import Calibrated, Progress, calibrate, hold_
+from clipquant.quant.calibrate import Calibrated, Progress, calibrate, hold_, seen_uses
+from clipquant.quant.choose import data_free, nearest
 from clipquant.quant.grid import dequantize, from_codes
 from clipquant.quant.layers import Globs, LeftInFloat, Target, check_globs, select
 from clipquant.quant.observe import Forward, call_model, twin
@@ -87,7 +88,8 @@ def quantize_weights(
         symmetric: Whether the grid has an exact zero in its middle.
         granularity: "tensor", "channel" or a group size.
         method: "rtn", "mse" and "hqq" look at the weights alone; "gptq" and "adaround" need batches;
-            "auto" takes "rtn" from 7 bits up, else "gptq" with batches and "mse" without.
+            "auto" takes "rtn" from 7 bits up, else "mse" without batches and with them the one of
+            "gptq" and "mse" that keeps the network's outputs better.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
@@ -122,11 +124,7 @@ def quantize_weights(
     found = Calibrated({}, {}, {}, model)
     rest = [t for t in selection.targets if methods[t.name] in CALIBRATED]
     if rest and batches:
-        found = calibrate(
-            model, rest, specs, batches, fixed=tensors, forward=forward, progress=progress
-        )
-        if method == "adaround":
-            found = adaround(model, rest, specs, found, batches, forward=forward, progress=progress)
+        found = _calibrated(model, method, rest, specs, batches, tensors, forward, progress)
     for target in rest:
         tensors[target.name] = _tensor_of(target, specs[target.name], found.solutions[target.name])
     statistics = _statistics(model, tensors, found.biases, batches or (), forward)
@@ -139,6 +137,31 @@ def quantize_weights(
         tuple(_followed(item) if item.name in statistics else item for item in selection.left),
         {name: "; ".join(notes) for name, notes in found.notes.items()},
     )
+
+
+def _calibrated(
+    model: nn.Module,
+    method: str,
+    targets: Sequence[Target],
+    specs: Mapping[str, QuantSpec],
+    batches: Sequence[Any],
+    fixed: Mapping[str, QuantizedTensor],
+    forward: Forward,
+    progress: Progress | None,
+) -> Calibrated:
+    """Return the codes by a method that needs data: "gptq", "adaround" or "auto"."""
+    # Layer by layer does not see what a layer that feeds itself does: there, learning starts from plain ranges.
+    uses = seen_uses(model, targets, batches, forward).values() if method == "adaround" else ()
+    found = data_free(model, targets, specs, fixed) if method != "gptq" else None
+    if found is None or not any(use.calls > 1 for use in uses):
+        layered = calibrate(
+            model, targets, specs, batches, fixed=fixed, forward=forward, progress=progress
+        )
+        others = (layered,) if found is None else (layered, found)
+        found = nearest(model, others, targets, batches, forward)
+    if method == "adaround":
+        found = adaround(model, targets, specs, found, batches, forward=forward, progress=progress)
+    return found
 
 
 def _statistics(

@@ -22,8 +22,6 @@ class Rounding:
         grid: The first grid.
         offset: (rows, columns), learned: what is added before rounding.
         reach: (rows, columns): most that it may be either way, a step or as far as the first codes are off.
-        fixed: uint8 (rows, columns): codes that are decided.
-        decided: bool (rows, columns): which are.
         stretch: Like the grid's scale, learned: log of a factor on it.
         shift: Like the grid's zero, learned: what is added to it; None on a symmetric grid.
     """
@@ -32,8 +30,6 @@ class Rounding:
     grid: Grid
     offset: Tensor
     reach: Tensor
-    fixed: Tensor
-    decided: Tensor
     stretch: Tensor
     shift: Tensor | None
 
@@ -48,30 +44,18 @@ class Rounding:
         """
         step = _wide(torch.where(grid.scale == 0, torch.inf, grid.scale).float(), grid, matrix)
         position = matrix.float() / step
-        return cls(
+        found = cls(
             position,
             grid,
             torch.zeros_like(position),
             torch.ones_like(position),
-            codes.clone(),
-            torch.zeros_like(codes, dtype=torch.bool),
             torch.zeros_like(grid.scale, dtype=torch.float32),
             None if grid.zero is None else torch.zeros_like(grid.zero, dtype=torch.float32),
         )
-
-    def decide_(self, share: float) -> None:
-        """Fix the codes of the weights that lie nearest to one, until `share` of all are fixed."""
-        with torch.no_grad():
-            place = self._place()
-            off = (place - place.round()).abs()
-            off[self.decided] = -1.0
-            count = round(share * off.numel())
-            if count <= int(self.decided.sum()):
-                return
-            most = off.flatten().kthvalue(count).values
-            new = (off <= most) & ~self.decided
-            self.fixed[new] = place.round().to(torch.uint8)[new]
-            self.decided |= new
+        # Codes that are not the nearest ones, as GPTQ leaves them, need an offset to begin with.
+        found.offset = (codes - position - found._zero()) * (codes != found.codes())
+        found.reach = found.offset.abs().clamp(min=_REACH)
+        return found
 
     def limit_(self) -> None:
         """Keep the offsets within their reach."""
@@ -88,15 +72,14 @@ class Rounding:
     def matrix(self) -> Tensor:
         """Return the weights as they stand; gradients pass the rounding straight through."""
         zero, place = self._zero(), self._place()
-        codes = torch.where(self.decided, self.fixed.to(place.dtype), place)
+        codes = place + (place.round() - place).detach()
         return (codes - zero) * _wide(
             self.grid.scale.float() * self.stretch.exp(), self.grid, place
         )
 
     def codes(self) -> Tensor:
         """Return the codes as they stand, uint8 (rows, columns)."""
-        place = self._place().detach().round().to(torch.uint8)
-        return torch.where(self.decided, self.fixed, place)
+        return self._place().detach().round().to(torch.uint8)
 
     def learned_grid(self) -> Grid:
         """Return the grid as it stands, in the dtype that the first one had."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,15 +23,21 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
     >>> with progress_bar() as tell:
     ...     tell("fc1.weight", 0, 2)
     """
-    bar = tqdm(
-        total=0, desc="Quantizing", unit="step", delay=PATIENCE, leave=False, disable=not shown
-    )
+    begun = time.monotonic()
+    bar: tqdm | None = None
 
     def tell(name: str, done: int, total: int) -> None:
-        if bar.total != total or done < bar.n:
-            bar.reset(total)
+        nonlocal bar
+        if bar is None or bar.total != total or done < bar.n:
+            if bar is not None:
+                bar.close()
+            patience = max(PATIENCE - (time.monotonic() - begun), 1e-3)
+            bar = tqdm(total=total, unit="step", delay=patience, leave=False, disable=not shown)
         bar.set_description_str(f"Quantizing {name}", refresh=False)
         bar.update(done - bar.n)
 
-    with bar:
+    try:
         yield tell
+    finally:
+        if bar is not None:
+            bar.close()
