@@ -137,19 +137,22 @@ class _Job:
     def names(self, members: Iterable[int]) -> tuple[str, ...]:
         return tuple(self.assignment.names[self.present[i]] for i in members)
 
-    def params(self, members: Iterable[int]) -> list[Tensor]:
+    def params(self, members: Sequence[int]) -> Sequence[Tensor]:
+        if len(members) == len(self.assignment.params):
+            return self.assignment.params
         return [self.assignment.params[self.present[i]] for i in members]
 
     def record(self, record: ClipRecord, before: Tensor | None, after: Tensor | None) -> ClipRecord:
         """Return the record with the norms, and the state where the record has none."""
+        missing = len(self.present) < len(self.assignment.names)
         return replace(
             record,
             grad_norm=None if before is None else float(combine_norms(before, self.order)),
             grad_norm_clipped=None if after is None else float(combine_norms(after, self.order)),
             norms=before,
             norms_clipped=after,
-            names=self.names(range(len(self.present))),
-            groups=tuple(self.assignment.groups[i] for i in self.present),
+            names=self.names(range(len(self.present))) if missing else self.assignment.names,
+            groups=self.grads.groups,
             order=self.order,
             state=record.state or self.state,
         )
@@ -233,15 +236,16 @@ def _collect_(assignment: Assignment, present: Sequence[int], loss_scale: float)
     """Return the gradients, each brought to a form whose stored values can be clipped in place."""
     tensors = []
     for i in present:
-        param = assignment.params[i]
-        grad = param.grad
+        grad = assignment.params[i].grad
         if grad is None:
             continue
-        ready = writable(grad)
-        if ready is not grad:
-            param.grad = ready
-        tensors.append(ready)
-    return Gradients(tensors, [assignment.groups[i] for i in present], present, loss_scale)
+        if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_complex():
+            assignment.params[i].grad = grad = writable(grad)
+        tensors.append(grad)
+    groups = assignment.groups
+    if len(present) < len(groups):
+        groups = tuple(groups[i] for i in present)
+    return Gradients(tensors, groups, present, loss_scale)
 
 
 def _describe(names: Sequence[str]) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor
 from clipquant.clip.norms import norms_of_owners
 from clipquant.clip.shards import local_values
 
-_BLOCK = 1 << 20  # elements, 4 MB in float32
+_BLOCK = 1 << 21  # elements, 8 MB in float32
+_SMALL = 1 << 16  # elements
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Block:
     """Some whole gradients, or one part of a large one.
 
     Args:
-        owners: Index of the gradient that each tensor belongs to, ascending.
+        owners: Index of the gradient that each tensor belongs to.
         values: Dense tensors that share memory with the gradients.
     """
 
@@ -27,34 +28,34 @@ class Block:
     values: tuple[Tensor, ...]
 
 
-def blocks(tensors: Sequence[Tensor], split: bool = True) -> Iterator[Block]:
-    """Yield all elements of the tensors, each once, in order; on another device than a CPU in one block.
+def blocks(tensors: Sequence[Tensor], split: bool = True, size: int = _BLOCK) -> Iterator[Block]:
+    """Yield all elements of the tensors, each once: small tensors together, large ones alone or in parts.
 
     Args:
-        tensors: Gradients of any kind on one device.
+        tensors: Gradients of any kind. Those that are not on a CPU come in one block.
         split: Whether a large tensor may come in parts.
+        size: Number of elements that a block should not exceed.
 
     Example:
-        >>> [block.owners for block in blocks([torch.zeros(2), torch.zeros(3_000_000)])]
-        [(0,), (1,), (1,), (1,)]
+        >>> tensors = [torch.zeros(2), torch.zeros(3_000_000), torch.zeros(5)]
+        >>> [block.owners for block in blocks(tensors)]
+        [(0, 2), (1,), (1,)]
     """
+    values = [local_values(tensor) for tensor in tensors]
+    counts = [v.numel() if v.is_cpu else 0 for v in values]
     owners: list[int] = []
-    values: list[Tensor] = []
-    size = 0
-    for i, tensor in enumerate(tensors):
-        local = local_values(tensor)
-        count = local.numel() if local.is_cpu else 0
-        if owners and size + count > _BLOCK:
-            yield Block(tuple(owners), tuple(values))
-            owners, values, size = [], [], 0
-        if split and count > _BLOCK and local.is_contiguous():
-            yield from (Block((i,), (part,)) for part in local.view(-1).split(_BLOCK))
+    filled = 0
+    for i in sorted(range(len(values)), key=lambda i: counts[i] > _SMALL):
+        if owners and filled + counts[i] > size:
+            yield Block(tuple(owners), tuple(values[owner] for owner in owners))
+            owners, filled = [], 0
+        if split and counts[i] > size and values[i].is_contiguous():
+            yield from (Block((i,), (part,)) for part in values[i].view(-1).split(size))
         else:
             owners.append(i)
-            values.append(local)
-            size += count
+            filled += counts[i]
     if owners:
-        yield Block(tuple(owners), tuple(values))
+        yield Block(tuple(owners), tuple(values[owner] for owner in owners))
 
 
 def gather_norms(pieces: Sequence[tuple[Block, Tensor]], count: int, order: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipquant.clip.blocks import Block, blocks, gather_norms
-from clipquant.clip.norms import value_norms
+from clipquant.clip.norms import bounded_norms, value_norms
 from clipquant.clip.plans import Clamp, Indicate, Outcome
 
 # Elements; below, a call costs more than the copy that lets one call serve many tensors.
@@ -62,22 +62,22 @@ def _stream_(
     tensors: Sequence[Tensor],
     leave: bool,
     order: float,
-    change_: Callable[[Sequence[Tensor], Sequence[float], bool], bool],
+    change_: Callable[[Sequence[Tensor], Sequence[Tensor], bool], bool],
 ) -> Outcome:
     """Measure each block, let `change_` write it, measure it again.
 
-    `change_` gets the block's tensors, their norms, and whether anything was changed before this block, in which case
-    it need not find out again; it returns whether the block may have changed.
+    `change_` gets the block's tensors, for each tensor norms of its parts, and whether anything was changed before this
+    block, in which case it need not find out again; it returns whether the block may have changed.
     """
     before: list[tuple[Block, Tensor]] = []
     after: list[tuple[Block, Tensor]] = []
     clipped, finite = False, True
     for block in blocks(tensors):
-        norms = clipped_norms = value_norms(block.values, order)
-        known = norms.tolist()
-        if leave and not all(map(math.isfinite, known)):
+        norms, parts = bounded_norms(block.values, order)
+        clipped_norms = norms
+        if leave and not all(map(math.isfinite, norms.tolist())):
             finite = False
-        elif change_(block.values, known, clipped):
+        elif change_(block.values, parts, clipped):
             clipped, clipped_norms = True, value_norms(block.values, order)
         before.append((block, norms))
         after.append((block, clipped_norms))
@@ -88,10 +88,14 @@ def _stream_(
 
 
 def _clamp_reaching_(
-    limit: float, values: Sequence[Tensor], norms: Sequence[float], clipped: bool
+    limit: float, values: Sequence[Tensor], norms: Sequence[Tensor], clipped: bool
 ) -> bool:
-    """Clamp the tensors whose norm is beyond the limit: in no other can an element be."""
-    reaching = _reals(v for v, norm in zip(values, norms, strict=True) if not norm <= limit)
+    """Clamp the tensors with a part whose norm is beyond the limit: in no other can an element be."""
+    reaching = _reals(
+        v
+        for v, parts in zip(values, norms, strict=True)
+        if not (parts if parts.ndim == 0 else parts.max()).item() <= limit
+    )
     groups = list(_groups(reaching))
     if not clipped and all(_largest(group) <= limit for group in groups):
         return False
@@ -101,7 +105,7 @@ def _clamp_reaching_(
 
 
 def _indicate_each_(
-    threshold: float, values: Sequence[Tensor], _: Sequence[float], clipped: bool
+    threshold: float, values: Sequence[Tensor], _: Sequence[Tensor], clipped: bool
 ) -> bool:
     for each in values:
         ones = ~(each.abs() <= threshold)

@@ -51,21 +51,36 @@ def value_norms(values: Sequence[Tensor], order: float = 2.0) -> Tensor:
     Returns:
         Shape (len(values),), as `tensor_norms`.
     """
+    return bounded_norms(values, order)[0]
+
+
+def bounded_norms(values: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, list[Tensor]]:
+    """Return the norm of each dense tensor, and of each some norms among which one reaches its largest element.
+
+    Args:
+        values: Strided tensors.
+        order: Order p of the norm.
+
+    Returns:
+        Shape (len(values),), as `tensor_norms`; for each tensor the norms of its parts, of any shape: no element is
+        larger than the largest of them.
+    """
     if not values:
-        return torch.zeros(0)
+        return torch.zeros(0), []
     home = values[0].device
     if order == math.inf:
-        norms = [_largest_magnitude(v) for v in values]
+        parts = norms = [_largest_magnitude(v) for v in values]
     elif all(v.dtype in EXACT and v.device == home for v in values):
-        norms = _exact_norms(values, order)
+        parts = _part_norms(values, order)
+        norms = [p if p.ndim == 0 else torch.linalg.vector_norm(p) for p in parts]
     else:
-        norms = [_norm(v, order) for v in values]
-    dtype = torch.float64 if any(_is_double(v) for v in values) else torch.float32
-    single = torch.stack([n.to(device=home, dtype=dtype) for n in norms])
-    if order == math.inf or dtype is torch.float64 or math.inf not in single.tolist():
-        return single
+        parts = norms = [_norm(v, order) for v in values]
+    stacked = _stack(norms, home)
+    if order == math.inf or stacked.dtype is torch.float64 or math.inf not in stacked.tolist():
+        return stacked, parts
     # An infinite norm may only be squares that overflow: float64 holds the square of every float32.
-    return torch.stack([_norm_in_double(v, order).to(home) for v in values])
+    doubles = [_norm_in_double(v, order).to(home) for v in values]
+    return torch.stack(doubles), doubles
 
 
 def combine_norms(norms: Tensor, order: float = 2.0) -> Tensor:
@@ -134,22 +149,37 @@ def norms_of_owners(norms: Tensor, owners: Tensor, count: int, order: float = 2.
     return total if math.inf in result.tolist() else result
 
 
-def _exact_norms(values: Sequence[Tensor], order: float) -> list[Tensor]:
-    """Return the norms of float32 and float64 tensors: large ones row by row, all others in one call."""
+def _part_norms(values: Sequence[Tensor], order: float) -> list[Tensor]:
+    """Return the norms of float32 and float64 tensors: of large ones row by row, of all others in one call."""
     rows = [order == 2 and v.numel() >= _LARGE and v.is_cpu and v.is_contiguous() for v in values]
-    rest = [v for v, by_rows in zip(values, rows, strict=True) if not by_rows]
-    others = iter(torch._foreach_norm(rest, order) if rest else ())
+    if all(rows):
+        return [_norms_of_rows(v) for v in values]
+    others = iter(
+        torch._foreach_norm([v for v, by in zip(values, rows, strict=True) if not by], order)
+    )
     return [
-        _norm_by_rows(v) if by_rows else next(others)
+        _norms_of_rows(v) if by_rows else next(others)
         for v, by_rows in zip(values, rows, strict=True)
     ]
 
 
-def _norm_by_rows(values: Tensor) -> Tensor:
+def _norms_of_rows(values: Tensor) -> Tensor:
     flat = values.view(-1)
     whole = flat.numel() // _ROW * _ROW
-    body = vector_norm(torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), 2, dim=1), 2)
-    return body if whole == flat.numel() else torch.hypot(body, vector_norm(flat[whole:], 2))
+    rows: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), 2, dim=1)
+    if whole == flat.numel():
+        return rows
+    return torch.cat([rows, torch.linalg.vector_norm(flat[whole:]).view(1)])
+
+
+def _stack(norms: Sequence[Tensor], home: torch.device) -> Tensor:
+    if len(norms) == 1 and norms[0].device == home:
+        return norms[0].view(1)
+    dtypes = {n.dtype for n in norms}
+    if len(dtypes) == 1 and home.type == "cpu":
+        return torch.stack(list(norms))
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.stack([n.to(device=home, dtype=dtype) for n in norms])
 
 
 def _norm(values: Tensor, order: float) -> Tensor:
@@ -172,14 +202,11 @@ def _norm_in_double(values: Tensor, order: float) -> Tensor:
 
 
 def _largest_magnitude(values: Tensor) -> Tensor:
+    dtype = torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
     if values.numel() == 0:
-        return torch.zeros((), device=values.device)
+        return torch.zeros((), device=values.device, dtype=dtype)
     if values.is_complex():
         return values.abs().max()
     # Several times faster than the infinity norm on a CPU, and NaN passes through it.
     low, high = torch.aminmax(values)
-    return torch.maximum(-low, high)
-
-
-def _is_double(values: Tensor) -> bool:
-    return values.dtype in (torch.float64, torch.complex128)
+    return torch.maximum(-low, high).to(dtype)

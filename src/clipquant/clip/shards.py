@@ -20,14 +20,14 @@ def local_values(tensor: Tensor) -> Tensor:
     Returns:
         The tensor itself, its stored values, or its local shard.
     """
+    if type(tensor) is Tensor and tensor.layout is torch.strided:
+        return tensor
     if isinstance(tensor, DTensor):
         shard = tensor.to_local()
         wait = getattr(shard, "wait", None)
         values: Tensor = wait() if wait is not None else shard
         return values
-    if tensor.layout is torch.strided:
-        return tensor
-    return tensor.values()
+    return tensor if tensor.layout is torch.strided else tensor.values()
 
 
 def reduce_norms(norms: Tensor, tensors: Sequence[Tensor], order: float) -> Tensor:
@@ -41,6 +41,8 @@ def reduce_norms(norms: Tensor, tensors: Sequence[Tensor], order: float) -> Tens
     Returns:
         `norms` itself where nothing is sharded, else float64, the same on every process of a mesh.
     """
+    if not _any_distributed(tensors):
+        return norms
     for (mesh, dims), members in _sharded(tensors).items():
         whole = reduce_parts(norms[members], mesh, dims, order)
         norms = norms.double().index_copy(0, torch.tensor(members, device=norms.device), whole)
@@ -49,12 +51,27 @@ def reduce_norms(norms: Tensor, tensors: Sequence[Tensor], order: float) -> Tens
 
 def reduce_parts(norms: Tensor, mesh: DeviceMesh, dims: Iterable[int], order: float) -> Tensor:
     """Return the norms of wholes, float64, from the norms of their parts along mesh dimensions."""
-    largest = order == math.inf
-    total = norms.double().clone() if largest else norms.double() ** order
-    operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+    if order == math.inf:
+        # A maximum over processes may lose NaN, which therefore travels as a flag of its own.
+        values = torch.stack(
+            [norms.double().nan_to_num(nan=0.0, posinf=math.inf), norms.isnan().double()]
+        )
+        largest, is_nan = _all_reduce(values, mesh, dims, torch.distributed.ReduceOp.MAX)
+        return torch.where(is_nan > 0, math.nan, largest)
+    powers = norms.double() ** order
+    total: Tensor = _all_reduce(powers, mesh, dims, torch.distributed.ReduceOp.SUM) ** (1 / order)
+    return total
+
+
+def _all_reduce(
+    values: Tensor,
+    mesh: DeviceMesh,
+    dims: Iterable[int],
+    operation: torch.distributed.ReduceOp.RedOpType,
+) -> Tensor:
     for dim in dims:
-        torch.distributed.all_reduce(total, operation, group=mesh.get_group(dim))
-    return total if largest else total ** (1 / order)
+        torch.distributed.all_reduce(values, operation, group=mesh.get_group(dim))
+    return values
 
 
 def reduce_any(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
@@ -64,9 +81,9 @@ def reduce_any(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
         flags: Flags of this process.
         tensors: What they were found on; without distributed ones they stay as they are.
     """
-    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
-    if not meshes:
+    if not _any_distributed(tensors):
         return list(flags)
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
     found = torch.tensor(flags, dtype=torch.float32, device=next(iter(meshes)).device_type)
     for mesh in meshes:
         found = reduce_parts(found, mesh, range(mesh.ndim), math.inf)
@@ -78,6 +95,10 @@ def sharded_dims(tensor: Tensor) -> tuple[int, ...]:
     if not isinstance(tensor, DTensor):
         return ()
     return tuple(d for d, p in enumerate(tensor.placements) if not isinstance(p, Replicate))
+
+
+def _any_distributed(tensors: Sequence[Tensor]) -> bool:
+    return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def _sharded(tensors: Sequence[Tensor]) -> dict[tuple[DeviceMesh, tuple[int, ...]], list[int]]:

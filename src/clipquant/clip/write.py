@@ -36,7 +36,7 @@ def carry_out_(
         plan: What it decided.
         grads: The gradients, changed in place.
         params: Their parameters, in the same order.
-        leave: Leave gradients that are not finite as they are, and say so.
+        leave: Gradients that are not finite need not be clipped, for the step is left out then; say whether all are.
         tell: Whether the outcome matters. Without, a clamp is one pass and counts as having clipped.
         order: Order of the norms to measure on the way; None for none.
 
@@ -50,7 +50,7 @@ def carry_out_(
     if isinstance(plan, Clamp):
         outcome = clamp_(grads.tensors, plan, leave, tell, order)
     elif isinstance(plan, ScaleUnits):
-        outcome = scale_units_(grads.tensors, params, plan, leave)
+        outcome = scale_units_(grads.tensors, params, plan)
     elif isinstance(plan, Indicate):
         outcome = indicate_(grads.tensors, plan, leave, order)
     else:
