@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clipquant.artifact import load_state, read_artifact, save_artifact, serialize
+from clipquant.artifact import load_state, read_artifact, save_artifact, serialized_size
 from clipquant.budget import Goal, check_budget, meet, missed_size, size_in_bytes
 from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
 from clipquant.quant.auto import allocator
@@ -86,7 +86,7 @@ class QuantizedModel:
             known: Fields of `QuantizationReport`.
         """
         report = replace(self.report, **known)
-        size = len(serialize(self.weights, describe(report)))
+        size = serialized_size(self.weights, describe(report))
         if report.budget is not None:
             trials = (replace(t, size_bytes=size) if t.chosen else t for t in report.budget.trials)
             report = replace(report, budget=replace(report.budget, trials=tuple(trials)))
@@ -258,7 +258,7 @@ def quantize_auto(
     spare = 1000 + 10 * len(seen.fisher) + 3 * len(str(dict(before)))
 
     def size_of(weights: QuantizedWeights) -> int:
-        return len(serialize(weights, describe(base)))
+        return serialized_size(weights, describe(base))
 
     asked = Goal(goal.max_drop, most, goal.monitor, goal.mode)
     outcome = meet(asked, found, size_of, before, judge, spare)
@@ -351,7 +351,7 @@ def make_report(
         bits_per_weight=bits_per_weight(weights.tensors.values()),
         environment=environment(),
     )
-    return replace(report, size_bytes=len(serialize(weights, describe(report))))
+    return replace(report, size_bytes=serialized_size(weights, describe(report)))
 
 
 def to_compressed_tensors(path: str | Path, out: str | Path) -> PackQuantized:
