@@ -17,11 +17,17 @@ from clipquant.quant.row_table import RowTable, join_rows, stack_grids
 from clipquant.quant.solve import DAMPING
 from clipquant.quant.spec import QuantSpec
 
-SWEEPS = 3
+SWEEPS = 5
+_ENOUGH = 3e-3  # a sweep that gains less than this share of the error is the last
 _VALUES = 1 << 24  # worked on at once, as many weights at as many widths
 # How far the ends of a min-max range are drawn in for GPTQ to try: the fewer codes, the further.
-_DRAWN_IN = {1: (0.7, 0.5, 0.4), 2: (0.9, 0.7, 0.55), 3: (1.0, 0.85, 0.7), 4: (1.0, 0.9, 0.8)}
-_FINE = (1.0, 0.95, 0.9)
+_DRAWN_IN = {
+    1: (0.8, 0.65, 0.5, 0.4, 0.3),
+    2: (1.0, 0.85, 0.7, 0.55, 0.4),
+    3: (1.0, 0.9, 0.8, 0.7, 0.6),
+    4: (1.0, 0.95, 0.9, 0.85, 0.8),
+}
+_FINE = (1.0, 0.93)
 
 
 def solve_rows(
@@ -29,8 +35,9 @@ def solve_rows(
 ) -> RowTable:
     """Return a weight's codes by GPTQ at several widths; no row is worse than rounded to nearest.
 
-    All rows and widths are walked together, since H does not depend on them. The error that counts is
-    (w - q) H (w - q)^T, with H of the float network's inputs.
+    All rows and widths are walked together, since H does not depend on them. A row's error is
+    (w - q) H (w - q)^T, with H of the float network's inputs, damped: the few inputs seen say little
+    of the directions that they leave out. Whether a row is worse is judged without the damping.
 
     Args:
         matrix: Floating (rows, columns).
@@ -125,12 +132,13 @@ class _Rows:
 
 def _solve_part(problem: _Problem, widths: Sequence[int], mean: Tensor | None) -> RowTable:
     rows, columns = problem.matrix.shape
-    coded = [width for width in widths if width]
-    at_once = max(_VALUES // (columns * max(len(coded), 1)), 1)
+    coarse = [width for width in widths if width in _DRAWN_IN]
+    fine = [width for width in widths if width > max(_DRAWN_IN)]
+    at_once = max(_VALUES // (columns * max(len(coarse), len(fine), 1)), 1)
     chunks = []
     for start in range(0, rows, at_once):
         part = problem.rows(start, min(start + at_once, rows))
-        found = dict(_by_width(part, coded)) if coded else {}
+        found = {w: r for some in (coarse, fine) if some for w, r in _by_width(part, some)}
         if 0 in widths:
             found[0] = _constants(part)
         chunks.append(_table(part, found, mean))
@@ -138,11 +146,11 @@ def _solve_part(problem: _Problem, widths: Sequence[int], mean: Tensor | None) -
 
 
 def _by_width(problem: _Problem, widths: Sequence[int]) -> Iterator[tuple[int, _Rows]]:
-    """Yield each width with its rows, solved together."""
+    """Yield each width with its rows, solved together: widths with equally many ranges to try."""
     count = len(problem.matrix)
     wide = problem.matrix.repeat(len(widths), 1)
     best: _Rows | None = None
-    for trial in range(len(_FINE)):
+    for trial in range(len(_DRAWN_IN.get(widths[0], _FINE))):
         grid = problem.grid(widths, trial)
         walk = replace(problem.walk, wanted=wide[:, problem.walk.order])
         found = _judged(wide, gptq_codes(walk, grid), grid, problem.damped)
@@ -151,7 +159,8 @@ def _by_width(problem: _Problem, widths: Sequence[int]) -> Iterator[tuple[int, _
     solved = _refined(wide, best, problem)
     plain = problem.grid(widths)
     rounded = _judged(wide, quantize_rows(wide, plain), plain, problem.hessian)
-    last = rounded.better(_undamped(wide, solved, problem))
+    last = rounded.better(_weighted(wide, solved, problem, -1.0))
+    last = _weighted(wide, last, problem, 1.0)
     for i, width in enumerate(widths):
         own = slice(i * count, (i + 1) * count)
         grid = replace(_cut(last.grid, own), levels=2**width - 1)
@@ -164,11 +173,11 @@ def _judged(wide: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> _Rows:
     return _Rows(codes, grid, slope, (off * slope).sum(1, dtype=torch.float64))
 
 
-def _undamped(wide: Tensor, found: _Rows, problem: _Problem) -> _Rows:
-    """Return the same rows with slope and error by H as it is."""
+def _weighted(wide: Tensor, found: _Rows, problem: _Problem, sign: float) -> _Rows:
+    """Return the same rows with the damping's share of slope and error added (1) or taken off (-1)."""
     off = dequantize_rows(found.codes, found.grid).float().sub_(wide)
     pull = problem.damped.diagonal() - problem.hessian.diagonal()
-    slope = found.slope - off * pull
+    slope = torch.addcmul(found.slope, off, pull, value=sign)
     return replace(found, slope=slope, error=(off * slope).sum(1, dtype=torch.float64))
 
 
@@ -185,7 +194,7 @@ def _constants(problem: _Problem) -> _Rows:
         middle = torch.where((matrix == matrix[:, :1]).all(1, True), matrix[:, :1], middle)
     scale = middle.to(problem.dtype)
     grid = Grid(scale, torch.full_like(scale, -1.0), 0, problem.group_size)
-    return _judged(matrix, torch.zeros_like(matrix, dtype=torch.uint8), grid, problem.hessian)
+    return _judged(matrix, torch.zeros_like(matrix, dtype=torch.uint8), grid, problem.damped)
 
 
 def _refined(wide: Tensor, found: _Rows, problem: _Problem) -> _Rows:
@@ -200,7 +209,9 @@ def _refined(wide: Tensor, found: _Rows, problem: _Problem) -> _Rows:
         codes, slope = descend(problem.damped, found.slope, found.codes, found.grid)
         off = dequantize_rows(codes, found.grid).float().sub_(wide)
         moved = _Rows(codes, found.grid, slope, (off * slope).sum(1, dtype=torch.float64))
-        found = found.better(_rescaled(moved, goal, problem.damped))
+        before, found = found.error.sum(), found.better(_rescaled(moved, goal, problem.damped))
+        if before - found.error.sum() <= _ENOUGH * before:
+            break
     return found
 
 
