@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from clipquant.artifact import load_state, read_artifact, save_artifact, serialize
+from clipquant.artifact import load_state, read_artifact, save_artifact, serialized_size
 from clipquant.budget import Goal, check_budget, meet, missed_size, size_in_bytes
 from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
 from clipquant.quant.auto import allocator
@@ -34,8 +33,6 @@ from clipquant.report.files import environment
 from clipquant.report.layers import bits_per_weight, layer_records
 from clipquant.report.record import QuantizationReport
 from clipquant.report.stored import describe
-
-AUTO_BATCHES = 16  # of the data given, from which bits="auto" estimates
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class QuantizedModel:
             known: Fields of `QuantizationReport`.
         """
         report = replace(self.report, **known)
-        size = len(serialize(self.weights, describe(report)))
+        size = serialized_size(self.weights, describe(report))
         if report.budget is not None:
             trials = (replace(t, size_bytes=size) if t.chosen else t for t in report.budget.trials)
             report = replace(report, budget=replace(report.budget, trials=tuple(trials)))
@@ -152,16 +149,17 @@ def quantize(
     check_method(method)
     if bits == "auto":
         check_auto(max_drop, max_size, method, levels, symmetric, granularity)
-        batches = _auto_data(data)
+        batches = _auto_data(data, calibration_batches)
         guest = copy.deepcopy(model).eval()
         targets = select(guest, include, exclude).targets
-        fisher = squared_gradients(guest, targets, batches, _divergence())
+        fisher = squared_gradients(guest, targets, batches, _divergence(forward))
         goal = AutoBits(
             max_drop, max_size, "score", "max", granularity, include, exclude, overrides
         )
         judged = None if score is None else _judge_of(model, score)
         before = {} if score is None else {"score": float(score(model))}
-        found = quantize_auto(model, goal, fisher, before, judged)
+        seen = Seen(fisher, batches, forward, progress)
+        found = quantize_auto(model, goal, seen, before, judged)
         return found.reported(calibration=f"{len(batches)} batches of the data given")
     if max_drop is not None or max_size is not None:
         raise ValueError(
@@ -205,10 +203,27 @@ class AutoBits:
     overrides: Mapping[str, int] | None = None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What bits="auto" chooses from.
+
+    Args:
+        fisher: Name of a weight -> E[g^2], (rows, columns).
+        batches: Calibration inputs.
+        forward: Runs a model on a batch.
+        progress: Told before each weight.
+    """
+
+    fisher: Mapping[str, Tensor]
+    batches: Sequence[Any]
+    forward: Forward = call_model
+    progress: Progress | None = None
+
+
 def quantize_auto(
     model: nn.Module,
     goal: AutoBits,
-    fisher: Mapping[str, Tensor],
+    seen: Seen,
     before: Mapping[str, float],
     judge: Callable[[QuantizedWeights], Mapping[str, float]] | None,
 ) -> QuantizedModel:
@@ -217,7 +232,7 @@ def quantize_auto(
     Args:
         model: Any module; it is not touched.
         goal: What is asked.
-        fisher: Name of a weight -> E[g^2], (rows, columns).
+        seen: Sensitivities and calibration data.
         before: Metrics of the float model.
         judge: Metrics of the model with some weights; None: only a size can be met.
 
@@ -228,7 +243,10 @@ def quantize_auto(
     check_finite(selection.targets)
     fixed = _given_widths(selection.targets, goal.overrides)
     size = goal.granularity if isinstance(goal.granularity, int) else None
-    found = allocator(model, selection, fisher, group_size=size, fixed=fixed)
+    found = allocator(
+        model, selection, seen.fisher, seen.batches, forward=seen.forward, group_size=size,
+        fixed=fixed, progress=seen.progress,
+    )  # fmt: skip
     base = replace(
         make_report(found.weights(found.uniform(8)), model),
         float_metrics=dict(before),
@@ -237,10 +255,10 @@ def quantize_auto(
     )
     most = None if goal.max_size is None else size_in_bytes(goal.max_size, base.float_bytes)
     # What the file will say of the search and its outcome, once they are known.
-    spare = 1000 + 10 * len(fisher) + 3 * len(str(dict(before)))
+    spare = 1000 + 10 * len(seen.fisher) + 3 * len(str(dict(before)))
 
     def size_of(weights: QuantizedWeights) -> int:
-        return len(serialize(weights, describe(base)))
+        return serialized_size(weights, describe(base))
 
     asked = Goal(goal.max_drop, most, goal.monitor, goal.mode)
     outcome = meet(asked, found, size_of, before, judge, spare)
@@ -269,7 +287,7 @@ def check_auto(
         raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
     check_budget(max_drop, max_size)
     wrong = {
-        "method": (method, method not in ("auto", "mse")),
+        "method": (method, method not in ("auto", "gptq")),
         "levels": (levels, levels is not None),
         "symmetric": (symmetric, bool(symmetric)),
         "granularity": (granularity, granularity == "tensor"),
@@ -277,7 +295,7 @@ def check_auto(
     for name, (value, bad) in wrong.items():
         if bad:
             raise ValueError(
-                f"bits='auto' gives each output channel a grid of its own, affine, chosen by 'mse'; got "
+                f"bits='auto' gives each output channel a grid of its own, affine, its codes chosen by 'gptq'; got "
                 f"{name}={value!r}. Leave {name} out, or give bits as a number."
             )
 
@@ -291,17 +309,19 @@ def _given_widths(targets: Iterable[Target], overrides: Mapping[str, int] | None
     }
 
 
-def _auto_data(data: Iterable[Any] | None) -> list[Any]:
-    if data is None:
+def _auto_data(data: Iterable[Any] | None, count: int) -> list[Any]:
+    if data is None or count == 0:
         raise ValueError(
-            "bits='auto' estimates from data how much each row matters; got data=None. Pass an iterable of inputs."
+            "bits='auto' estimates from data how much each row matters; got "
+            f"data={'None' if data is None else '...'}, calibration_batches={count}. Pass an iterable of inputs, and "
+            "1 or more."
         )
-    return list(islice(data, AUTO_BATCHES))
+    return calibration_data(data, count)
 
 
-def _divergence() -> Callable[[nn.Module, Any], tuple[Tensor, int]]:
+def _divergence(forward: Forward) -> Callable[[nn.Module, Any], tuple[Tensor, int]]:
     generator = torch.Generator().manual_seed(0)
-    return lambda model, batch: output_divergence(call_model(model, batch), generator)
+    return lambda model, batch: output_divergence(forward(model, batch), generator)
 
 
 def _judge_of(
@@ -331,7 +351,7 @@ def make_report(
         bits_per_weight=bits_per_weight(weights.tensors.values()),
         environment=environment(),
     )
-    return replace(report, size_bytes=len(serialize(weights, describe(report))))
+    return replace(report, size_bytes=serialized_size(weights, describe(report)))
 
 
 def to_compressed_tensors(path: str | Path, out: str | Path) -> PackQuantized:

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -20,8 +21,10 @@ from clipquant.artifact import (
     read_metadata,
     save_artifact,
     serialize,
+    serialized_size,
     verify_artifact,
 )
+from clipquant.artifact.envelope import seal, sealed_size
 from clipquant.quant.grid import dequantize
 from clipquant.quant.model import quantize_weights
 
@@ -92,6 +95,33 @@ def test_the_file_is_no_larger_than_codes_scales_and_6_kb(bits):
     floats = sum(t.nbytes for t in weights.floats.values())
     bound = numel * bits / 8 + sum(t.nbytes for t in sides) + floats + 6000
     assert len(serialize(weights)) <= bound
+
+
+KINDS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32]
+KINDS += [torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64]
+
+
+@given(
+    tensors=st.dictionaries(
+        st.text(min_size=1, max_size=4), st.tuples(st.sampled_from(KINDS), st.integers(0, 99))
+    ),
+    note=st.text(max_size=20),
+)
+def test_the_size_is_known_without_writing(tensors, note):
+    held = {name: torch.zeros(n, 3).to(dtype) for name, (dtype, n) in tensors.items()}
+    held.pop("__metadata__", None)
+    about = {"note": note}
+    assert sealed_size(held, about) == len(seal(held, about))
+
+
+def test_the_size_of_packed_rows_is_known_without_packing():
+    weights = quantize_weights(Tied(), 8)
+    bits = torch.arange(7, dtype=torch.uint8)
+    tensor = weights.tensors["embed.weight"]
+    codes = (tensor.codes % 2 ** bits.long()[:, None]).to(torch.uint8)
+    rows = replace(tensor, codes=codes, bits=bits, levels=None)
+    weights = replace(weights, tensors={"embed.weight": rows})
+    assert serialized_size(weights, {"a": 1}) == len(serialize(weights, {"a": 1}))
 
 
 def test_tied_tensors_and_buffers_come_back_strictly(path):

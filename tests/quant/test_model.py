@@ -40,9 +40,10 @@ def test_overrides_are_checked():
         quantize_weights(small(), overrides={"fc": 4})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("how", [{}, {"bits": 4}, {"levels": 8, "granularity": "tensor"}])
+def test_weights_that_are_not_finite_are_refused_by_name(value, how):
     model = small()
     model[3].weight.data[0, :2] = value
     with pytest.raises(ValueError, match=r"3\.weight \(2 of 48\)"):
-        quantize_weights(model)
+        quantize_weights(model, **how)

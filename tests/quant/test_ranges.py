@@ -5,7 +5,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from clipquant.quant.grid import dequantize, dequantize_rows, grid_of, group, quantize_rows, ungroup
+from clipquant.quant.grid import (
+    Grid,
+    dequantize,
+    dequantize_rows,
+    grid_of,
+    group,
+    quantize_rows,
+    ungroup,
+)
 from clipquant.quant.ranges import minmax_grid, quantize_weight
 from clipquant.quant.spec import Layout, QuantSpec
 
@@ -133,7 +141,7 @@ def test_quantizing_what_was_dequantized_gives_the_same_codes():
 
 
 def test_a_bits_vector_gives_each_row_its_own_levels():
-    from clipquant.quant.grid import Grid, from_codes
+    from clipquant.quant.grid import from_codes
 
     bits = torch.tensor([0, 1, 4], dtype=torch.uint8)
     levels = (2 ** bits.long() - 1).unsqueeze(1)
@@ -145,3 +153,21 @@ def test_a_bits_vector_gives_each_row_its_own_levels():
     tensor = from_codes(codes, grid, bits, Layout((3, 4)), torch.float32, "rtn")
     assert dequantize(tensor)[0].tolist() == pytest.approx([0.7] * 4)
     assert tensor.code_bits == 20
+
+
+@given(w=matrices, spec=specs, rows=st.integers(1, 4))
+def test_codes_do_not_depend_on_how_many_rows_are_in_the_cache(w, spec, rows):
+    matrix = torch.tensor(w)
+    grid = minmax_grid(matrix, spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clipquant.quant.grid._CACHED", rows * matrix.shape[1])
+        few = quantize_rows(matrix, grid)
+    assert torch.equal(few, quantize_rows(matrix, grid))
+
+
+@given(w=hnp.arrays(np.float32, (3, 5), elements=st.floats(-(2.0**127), 2.0**127, width=32)))
+def test_weights_far_outside_a_grid_take_its_end(w):
+    grid = Grid(torch.full((3, 1), 1e-3), torch.full((3, 1), 7.5), 15, 5)
+    with np.errstate(over="ignore"):
+        expected = np.clip(np.rint(w / np.float32(1e-3) + np.float32(7.5)), 0, 15)
+    assert np.array_equal(quantize_rows(torch.tensor(w), grid).numpy(), expected)

@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 
 from clipquant.quant.grid import dequantize
 from clipquant.quant.ranges import quantize_weight
-from clipquant.quant.spec import QuantizedTensor, QuantSpec
-from clipquant.report.layers import histogram, rows_by_width, sqnr_db, stored_bytes, typical_levels
+from clipquant.quant.spec import Layout, QuantizedTensor, QuantSpec
+from clipquant.report.layers import (
+    histogram,
+    rows_by_width,
+    sqnr_db,
+    sqnr_of,
+    stored_bytes,
+    typical_levels,
+)
 
 
 def mixed() -> QuantizedTensor:
@@ -70,3 +77,25 @@ def test_histogram_of_a_constant_weight_is_one_bar() -> None:
 def test_sqnr_of_nothing_lost_and_of_nothing_there() -> None:
     assert sqnr_db(torch.ones(3), torch.ones(3)) == math.inf
     assert sqnr_db(torch.zeros(3), torch.ones(3)) == -math.inf
+
+
+@given(
+    st.sampled_from([torch.float32, torch.float16, torch.float64]),
+    st.integers(1, 30),
+    st.sampled_from([1e-30, 1e-3, 1.0, 1e25]),
+)
+def test_sqnr_in_parts_is_that_of_the_whole(dtype: torch.dtype, cached: int, size: float) -> None:
+    weight = (torch.randn(6, 2, 5) * (1 if dtype == torch.float16 else size)).to(dtype)
+    layout = Layout((6, 2, 5), axis=1, groups=3)
+    tensor = quantize_weight(weight, QuantSpec(3, granularity=4), layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clipquant.quant.grid._CACHED", cached)
+        assert sqnr_of(weight, tensor) == pytest.approx(sqnr_db(weight, dequantize(tensor)), 1e-4)
+
+
+def test_the_histogram_of_a_large_weight_is_that_of_all_its_values_within_a_bar() -> None:
+    weight = torch.randn(1024, 1024)
+    bars = histogram(weight, quantize_weight(weight, QuantSpec(2)))
+    exact = torch.histc(weight.flatten(), 48, bars.low, bars.high)
+    assert (bars.low, bars.high) == (weight.min(), weight.max())
+    assert (torch.tensor(bars.counts) - exact * 63 / exact.max()).abs().max() <= 3

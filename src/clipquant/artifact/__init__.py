@@ -7,6 +7,7 @@ from clipquant.artifact.content import (
     read_artifact,
     save_artifact,
     serialize,
+    serialized_size,
 )
 from clipquant.artifact.envelope import (
     FORMAT_VERSION,
@@ -25,5 +26,6 @@ __all__ = [
     "read_metadata",
     "save_artifact",
     "serialize",
+    "serialized_size",
     "verify_artifact",
 ]

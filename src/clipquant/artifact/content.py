@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipquant.artifact.envelope import ArtifactError, read_bytes, seal, unseal, write_whole
+from clipquant.artifact.envelope import (
+    ArtifactError,
+    read_bytes,
+    seal,
+    sealed_size,
+    unseal,
+    write_whole,
+)
 from clipquant.quant.grid import dequantize
 from clipquant.quant.layers import LeftInFloat
 from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.pack import pack
+from clipquant.quant.pack import pack, packed_bytes
 from clipquant.quant.packed import PackedTensor, pack_modules_, unpack_tensor
 from clipquant.quant.spec import Layout, QuantizedTensor
 
@@ -72,13 +79,37 @@ def serialize(weights: QuantizedWeights, extra: Mapping[str, Any] | None = None)
         weights: What to save.
         extra: JSON-able entries for the metadata.
     """
-    about = {
+    stored = {name: value.cpu().contiguous() for name, value in _stored(weights, pack).items()}
+    return seal(stored, _about(weights) | dict(extra or {}))
+
+
+def serialized_size(weights: QuantizedWeights, extra: Mapping[str, Any] | None = None) -> int:
+    """Return the length of what `serialize` gives, without packing or hashing anything.
+
+    Args:
+        weights: What would be saved.
+        extra: JSON-able entries for the metadata.
+
+    >>> from clipquant.quant.model import quantize_weights
+    >>> weights = quantize_weights(nn.Linear(8, 4), bits=3)
+    >>> serialized_size(weights) == len(serialize(weights))
+    True
+    """
+    return sealed_size(_stored(weights, _as_if_packed), _about(weights) | dict(extra or {}))
+
+
+def _as_if_packed(codes: Tensor, bits: int | Tensor) -> Tensor:
+    size = packed_bytes(bits, tuple(codes.shape))
+    return torch.empty(size, dtype=torch.uint8, device="meta")
+
+
+def _about(weights: QuantizedWeights) -> dict[str, Any]:
+    return {
         "tensors": {name: _describe(tensor) for name, tensor in weights.tensors.items()},
         "aliases": dict(weights.aliases),
         "left": [[item.name, item.bytes, item.why] for item in weights.left],
         "versions": _versions(),
     }
-    return seal(_stored(weights), about | dict(extra or {}))
 
 
 def read_artifact(path: str | Path) -> Artifact:
@@ -181,7 +212,9 @@ def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: 
         )
 
 
-def _stored(weights: QuantizedWeights) -> dict[str, Tensor]:
+def _stored(
+    weights: QuantizedWeights, pack: Callable[[Tensor, int | Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Return the tensors of the file: NAME.q, NAME.scale, NAME.zero, NAME.bits, and the rest."""
     stored = dict(weights.floats)
     for name, tensor in weights.tensors.items():
@@ -195,7 +228,7 @@ def _stored(weights: QuantizedWeights) -> dict[str, Tensor]:
                 )
             if value is not None:
                 stored[key] = value
-    return {name: value.cpu().contiguous() for name, value in stored.items()}
+    return stored
 
 
 def _describe(tensor: QuantizedTensor) -> dict[str, Any]:

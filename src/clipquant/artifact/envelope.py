@@ -20,6 +20,17 @@ from torch import Tensor
 FORMAT_VERSION = 1
 _KEY = "clipquant"
 _BLANK = "0" * 64  # stands for the digest while the digest is taken
+_SHORT = 16  # hex digits of a tensor's own digest
+# How safetensors calls the dtypes, in the order in which it lays tensors out.
+_KINDS = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
+    torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_PLACE = {dtype: place for place, dtype in enumerate(_KINDS)}
 
 
 class ArtifactError(ValueError):
@@ -35,17 +46,40 @@ def seal(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
         tensors: Key -> contiguous tensor on the CPU.
         about: JSON-able.
     """
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        **about,
-        "digests": {name: _digest(tensor) for name, tensor in tensors.items()},
-        "sha256": _BLANK,
-    }
-    text = json.dumps(metadata, separators=(",", ":"), sort_keys=True)
+    text = _text(about, {name: _digest(tensor) for name, tensor in tensors.items()})
     data = safetensors.torch.save(dict(tensors), {_KEY: text})
     end = _header_end(data)
     digest = hashlib.sha256(data).hexdigest()
     return data[:end].replace(_BLANK.encode(), digest.encode(), 1) + data[end:]
+
+
+def sealed_size(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> int:
+    """Return the length of what `seal` gives, from the shapes and dtypes of the tensors alone.
+
+    Args:
+        tensors: Key -> tensor, on any device, `meta` too.
+        about: JSON-able.
+
+    >>> sealed_size({"a": torch.ones(3)}, {}) == len(seal({"a": torch.ones(3)}, {}))
+    True
+    """
+    text = _text(about, dict.fromkeys(tensors, _BLANK[:_SHORT]))
+    header: dict[str, Any] = {"__metadata__": {_KEY: text}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (_PLACE[tensors[name].dtype], name)):
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        kind = _KINDS[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + len(written) + -len(written) % 8 + end  # the header is padded to whole words
+
+
+def _text(about: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    metadata = {
+        "format_version": FORMAT_VERSION, **about, "digests": digests, "sha256": _BLANK,
+    }  # fmt: skip
+    return json.dumps(metadata, separators=(",", ":"), sort_keys=True)
 
 
 def unseal(data: bytes, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -129,7 +163,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _digest(tensor: Tensor) -> str:
     """Return the first 16 hex digits of a tensor's sha256: enough to say which one is damaged."""
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:_SHORT]
 
 
 def _header_end(data: bytes) -> int:

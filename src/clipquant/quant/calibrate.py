@@ -119,11 +119,11 @@ class _Run:
     def solve_(self, target: Target, moments: Moments) -> None:
         matrix = target.layout.fold(target.weight.detach())
         before = self.solutions.get(target.name)
-        bias = _bias_of(self.rounded, target)
+        bias = bias_of(self.rounded, target)
         if moments.hessian.dim() == 2:
             text = "inputs' second moments too large: their diagonal alone"
             self.notes.setdefault(target.name, []).append(text)
-        if _is_lookup(self.rounded, target):
+        if is_lookup(self.rounded, target):
             moments, bias = _with_lookup(moments, matrix), None
         found = solve(
             matrix,
@@ -210,7 +210,7 @@ def _why_free(model: nn.Module, target: Target) -> str:
     return reasons[0] if reasons else "the calibration data never reach this layer"
 
 
-def _bias_of(model: nn.Module, target: Target) -> str | None:
+def bias_of(model: nn.Module, target: Target) -> str | None:
     """Return the name of the bias that is added to a weight's outputs alone, if there is one."""
     name = target.attribute.replace("weight", "bias")
     module = model.get_submodule(target.name.rpartition(".")[0])
@@ -219,7 +219,8 @@ def _bias_of(model: nn.Module, target: Target) -> str | None:
     return name if module._parameters.get(name) is not None else None
 
 
-def _is_lookup(model: nn.Module, target: Target) -> bool:
+def is_lookup(model: nn.Module, target: Target) -> bool:
+    """Return whether a weight is looked up, and so multiplies with nothing."""
     module = model.get_submodule(target.name.rpartition(".")[0])
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 

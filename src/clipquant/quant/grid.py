@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipquant.quant.spec import Layout, QuantizedTensor
+
+_CACHED = 1 << 19  # weights whose float32 copy stays in a processor's cache
+_MAGIC = {torch.float32: (1.5 * 2**23, torch.int32), torch.float64: (1.5 * 2**52, torch.int64)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,16 @@ class Grid:
     def to(self, dtype: torch.dtype) -> Grid:
         zero = None if self.zero is None else self.zero.to(dtype)
         return replace(self, scale=self.scale.to(dtype), zero=zero)
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """Return the grid of some rows; one that all rows share is theirs too."""
+        scale, zero, levels = (_rows(p, start, stop) for p in (self.scale, self.zero, self.levels))
+        return Grid(scale, zero, levels, self.group_size)
+
+
+def _rows(part: Any, start: int, stop: int) -> Any:
+    """Return some rows of what is a tensor with a row for each."""
+    return part[start:stop] if isinstance(part, Tensor) and len(part) > 1 else part
 
 
 def symmetric_zero(levels: int | Tensor) -> int | Tensor:
@@ -71,14 +86,39 @@ def quantize_rows(matrix: Tensor, grid: Grid) -> Tensor:
     >>> quantize_rows(torch.tensor([[-0.6, 0.0, 0.3, 9.0]]), grid)
     tensor([[0, 1, 2, 3]], dtype=torch.uint8)
     """
-    work = _work_dtype(matrix.dtype, grid.scale.dtype)
-    scale = grid.scale.to(work).unsqueeze(-1)
-    zero = _zero(grid, work)
-    top = grid.levels.unsqueeze(-1).to(work) if isinstance(grid.levels, Tensor) else grid.levels
+    matrix = matrix.detach()
+    codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
+    dtype = _work_dtype(matrix.dtype, grid.scale.dtype)
+    for start, stop in row_chunks(*matrix.shape):
+        part = _nearest(matrix[start:stop], grid.rows(start, stop), dtype)
+        codes[start:stop].copy_(ungroup(part, matrix.shape[1]))
+    return codes
+
+
+def _nearest(matrix: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Return the codes of a few rows, grouped, in the low byte of whole numbers.
+
+    Adding 1.5 * 2**23 (in float64 1.5 * 2**52) leaves no bits for a fraction: the sum is rounded to
+    the nearest whole number, ties to even, and its last byte is that number.
+    """
+    scale = grid.scale.to(dtype).unsqueeze(-1)
+    top = grid.levels.unsqueeze(-1).to(dtype) if isinstance(grid.levels, Tensor) else grid.levels
     step = torch.where(scale == 0, torch.inf, scale)
-    codes = group(matrix.to(work), grid.group_size).div(step).add_(zero).round_()
-    codes = codes.clamp_(min=0).clamp_(max=top)  # one bound may be a tensor
-    return ungroup(codes.to(torch.uint8), matrix.shape[1])
+    codes = torch.div(group(matrix, grid.group_size), step).add_(_zero(grid, dtype))
+    codes.clamp_(min=0).clamp_(max=top)  # one bound may be a tensor
+    magic, whole = _MAGIC[dtype]
+    return codes.add_(magic).view(whole)
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield the starts and ends of runs of rows that stay in a processor's cache.
+
+    >>> list(row_chunks(3, _CACHED // 2))
+    [(0, 2), (2, 3)]
+    """
+    size = max(_CACHED // max(columns, 1), 1)
+    for start in range(0, rows, size):
+        yield start, min(start + size, rows)
 
 
 def dequantize_rows(codes: Tensor, grid: Grid) -> Tensor:

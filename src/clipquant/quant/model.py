@@ -110,10 +110,13 @@ def quantize_weights(
         )
     selection = select(model, include, exclude)
     specs = specs_for(selection.targets, QuantSpec(bits, levels, symmetric, granularity), overrides)
-    check_finite(selection.targets)
     methods = {name: method_for(method, spec, bool(batches)) for name, spec in specs.items()}
+    if set(methods.values()) != {"rtn"}:
+        check_finite(selection.targets)
     free = [t for t in selection.targets if methods[t.name] not in CALIBRATED]
     tensors = {t.name: _free_tensor(t, specs[t.name], methods[t.name]) for t in free}
+    if not all(bool(tensor.scale.isfinite().all()) for tensor in tensors.values()):
+        check_finite(selection.targets)  # a weight that is not finite leaves no finite step
     found = Calibrated({}, {}, {}, model)
     rest = [t for t in selection.targets if methods[t.name] in CALIBRATED]
     if rest and batches:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # codes at a time: bounds the temporaries of the widths that straddle bytes
+_CHUNK = 1 << 20  # codes at a time: their temporaries stay in a processor's cache
 
 
 def pack(codes: Tensor, bits: int | Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def pack(codes: Tensor, bits: int | Tensor) -> Tensor:
         bits: Width 1 to 8, or uint8 (rows,) of widths 0 to 8.
 
     Returns:
-        uint8 (bytes,), the last byte padded with zero bits.
+        uint8 (bytes,), the last byte padded with zero bits; a view of codes of 8 bits.
 
     >>> pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), 2)
     tensor([57], dtype=torch.uint8)
@@ -30,7 +30,7 @@ def pack(codes: Tensor, bits: int | Tensor) -> Tensor:
         return _pack_rows(codes, bits)
     flat = codes.reshape(-1)
     if bits == 8:
-        return flat.clone()
+        return flat
     return torch.cat([_pack_dense(part, bits) for part in torch.split(flat, _CHUNK)] or [flat])
 
 
@@ -43,7 +43,7 @@ def unpack(data: Tensor, bits: int | Tensor, shape: tuple[int, ...]) -> Tensor:
         shape: Shape of the codes.
 
     Returns:
-        uint8 of that shape.
+        uint8 of that shape; a view of `data` at 8 bits.
 
     Raises:
         ValueError: If `data` is not as long as these codes are.
@@ -58,10 +58,18 @@ def unpack(data: Tensor, bits: int | Tensor, shape: tuple[int, ...]) -> Tensor:
     if isinstance(bits, Tensor):
         return _unpack_rows(data, bits, shape[1])
     if bits == 8:
-        return data.clone().reshape(shape)
+        return data.reshape(shape)
     if bits == 0:
         return torch.zeros(shape, dtype=torch.uint8, device=data.device)
-    return _unpack_dense(data, bits)[: math.prod(shape)].reshape(shape)
+    numel = math.prod(shape)
+    if numel <= _CHUNK or torch.compiler.is_compiling():  # a graph would hold every chunk's nodes
+        return _unpack_dense(data, bits)[:numel].reshape(shape)
+    codes = torch.empty(numel, dtype=torch.uint8, device=data.device)
+    for start in range(0, numel, _CHUNK):
+        part = codes[start : start + _CHUNK]
+        end = packed_bytes(bits, (start + len(part),))
+        part.copy_(_unpack_dense(data[start * bits // 8 : end], bits)[: len(part)])
+    return codes.reshape(shape)
 
 
 def packed_bytes(bits: int | Tensor, shape: tuple[int, ...]) -> int:
@@ -80,42 +88,42 @@ def _row_bytes(bits: Tensor, columns: int) -> Tensor:
 
 
 def _pack_dense(codes: Tensor, bits: int) -> Tensor:
-    """Pack a flat run of codes; eight codes of width b make b whole bytes."""
+    """Pack a flat run of codes: the eight in a word move together until they fill `bits` bytes."""
     numel = codes.numel()
-    codes = torch.nn.functional.pad(codes, (0, -numel % 8)).reshape(-1, 8)
-    if bits in (1, 2, 4):
-        per_byte = 8 // bits
-        codes = codes.reshape(-1, per_byte)
-        out = codes[:, 0].clone()
-        for i in range(1, per_byte):
-            out |= codes[:, i] << (i * bits)
-    else:
-        shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
-        words = (codes.to(torch.int64) << shifts).sum(1)
-        out = (words[:, None] >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 255
-        out = out.to(torch.uint8).reshape(-1)
-    return out[: (numel * bits + 7) // 8]
+    words = torch.nn.functional.pad(codes, (0, -numel % 8)).view(torch.int64)
+    for lane in (8, 16, 32):
+        taken = bits * lane // 8
+        low, high = _mask(taken, 2 * lane), _mask(taken, 2 * lane, taken)
+        words = (words & low).bitwise_or_((words >> (lane - taken)).bitwise_and_(high))
+    used = words.view(torch.uint8).reshape(-1, 8)[:, :bits]
+    return used.reshape(-1)[: (numel * bits + 7) // 8]
 
 
 def _unpack_dense(data: Tensor, bits: int) -> Tensor:
-    """Unpack a flat run of bytes into codes, the padding's included.
+    """Unpack a flat run of bytes into codes, the padding's included: the inverse of `_pack_dense`.
 
-    All of it in uint8, where a shift to the left drops what leaves the byte, and in shapes that
-    depend on no value, so that a graph can hold it.
+    In shapes that depend on no value, so that a graph can hold it.
     """
-    mask = (1 << bits) - 1
-    if bits in (1, 2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
-        return ((data[:, None] >> shifts) & mask).reshape(-1)
-    data = torch.nn.functional.pad(data, (0, -data.numel() % bits)).reshape(-1, bits)
-    codes = []
-    for first in range(0, 8 * bits, bits):  # eight codes of width b in b bytes
-        byte, shift = divmod(first, 8)
-        code = data[:, byte] >> shift
-        if shift + bits > 8:
-            code = code | (data[:, byte + 1] << (8 - shift))
-        codes.append(code & mask)
-    return torch.stack(codes, dim=1).reshape(-1)
+    words = _words(torch.nn.functional.pad(data, (0, -data.numel() % bits)), bits)
+    for lane in (32, 16, 8):
+        taken = bits * lane // 8
+        low, high = _mask(taken, 2 * lane), _mask(taken, 2 * lane, lane)
+        words = (words & low).bitwise_or_((words << (lane - taken)).bitwise_and_(high))
+    return words.view(torch.uint8)
+
+
+def _words(data: Tensor, size: int) -> Tensor:
+    """Return each `size` bytes as the low ones of an int64; the others may hold anything."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(size)
+    if whole is not None:
+        return data.view(whole).to(torch.int64)
+    return torch.nn.functional.pad(data.reshape(-1, size), (0, 8 - size)).view(torch.int64)[:, 0]
+
+
+def _mask(width: int, lane: int, shift: int = 0) -> int:
+    """Return a word with `width` bits set in each lane, `shift` above its lowest; signed."""
+    word = sum(((1 << width) - 1) << (start + shift) for start in range(0, 64, lane))
+    return word - (1 << 64) if word >> 63 else word
 
 
 def _pack_rows(codes: Tensor, bits: Tensor) -> Tensor:

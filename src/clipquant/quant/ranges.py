@@ -13,6 +13,7 @@ from clipquant.quant.grid import (
     from_codes,
     group,
     quantize_rows,
+    row_chunks,
     symmetric_zero,
 )
 from clipquant.quant.spec import Layout, QuantizedTensor, QuantSpec
@@ -53,8 +54,8 @@ def extremes(matrix: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     if spec.granularity == "tensor":
         low, high = matrix.aminmax()
         return low.double().reshape(1, 1), high.double().reshape(1, 1)
-    low, high = group(matrix, spec.group_size(matrix.shape[1])).aminmax(dim=2)
-    return low.double(), high.double()
+    grouped = group(matrix, spec.group_size(matrix.shape[1]))
+    return grouped.amin(2).double(), grouped.amax(2).double()  # each many times aminmax(dim=2)
 
 
 def grid_between(low: Tensor, high: Tensor, spec: QuantSpec, columns: int) -> Grid:
@@ -227,10 +228,11 @@ def minmax_codes(matrix: Tensor, spec: QuantSpec) -> tuple[Tensor, Grid]:
     """
     low, high = extremes(matrix, spec)
     span = torch.where(high == low, 1.0, high - low)
-    codes = (matrix.double() - low).div_(span).mul_(spec.steps).round_()
-    return codes.to(torch.uint8), narrow(
-        grid_between(low, high, spec, matrix.shape[1]), low == high
-    )
+    codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
+    for start, stop in row_chunks(*matrix.shape):
+        rows = matrix[start:stop].double()
+        codes[start:stop].copy_((rows - low).div_(span).mul_(spec.steps).round_())
+    return codes, narrow(grid_between(low, high, spec, matrix.shape[1]), low == high)
 
 
 def quantize_weight(

@@ -9,13 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clipquant.quant.grid import Grid, dequantize, dequantize_rows, grid_of
+from clipquant.quant.grid import Grid, dequantize_rows, grid_of, row_chunks
 from clipquant.quant.model import QuantizedWeights
 from clipquant.quant.pack import packed_bytes
 from clipquant.quant.spec import QuantizedTensor
 from clipquant.report.record import Histogram, LayerRecord
 
 BINS = 48
+SAMPLE = 1 << 18  # weights that show the shape of a distribution to the height of a bar
+_SMALL = 1e-12  # of a row: the squares of what adds to it are far from float32's smallest
 FULL = 63  # the fullest bin, so that a count is one character of the file's metadata
 
 
@@ -36,7 +38,7 @@ def layer_records(
             layer_record(
                 name,
                 tensor,
-                sqnr_db(originals[name], dequantize(tensor)),
+                sqnr_of(originals[name], tensor),
                 (sensitivities or {}).get(name),
                 histogram(originals[name], tensor),
             ),
@@ -95,8 +97,36 @@ def sqnr_db(weight: Tensor, quantized: Tensor) -> float:
     >>> round(sqnr_db(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.8])), 2)
     20.0
     """
-    signal = float(weight.detach().double().square().sum())
-    noise = float((weight.detach().double() - quantized.double()).square().sum())
+    return _decibels(_energy(weight), _energy(weight.double() - quantized.double()))
+
+
+def sqnr_of(weight: Tensor, tensor: QuantizedTensor) -> float:
+    """Return `sqnr_db` of a weight and what it was quantized to, a few rows in memory at a time.
+
+    Args:
+        weight: The float weight.
+        tensor: What it was quantized to.
+    """
+    matrix, grid = tensor.layout.fold(weight.detach()), grid_of(tensor)
+    signal = noise = 0.0
+    for start, stop in row_chunks(*tensor.codes.shape):
+        rows = matrix[start:stop]
+        held = dequantize_rows(tensor.codes[start:stop], grid.rows(start, stop))
+        signal += _energy(rows)
+        noise += _energy(held.to(tensor.dtype).sub_(rows))
+    return _decibels(signal, noise)
+
+
+def _energy(values: Tensor) -> float:
+    """Return the sum of squares; in float64 where float32's range might not hold those of a row."""
+    rows = torch.atleast_2d(values.detach())
+    norms = torch.linalg.vector_norm(rows if rows.element_size() > 2 else rows.float(), dim=1)
+    if not bool(((norms > _SMALL) & (norms < 1 / _SMALL)).all()):
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return float(norms.double().square().sum())
+
+
+def _decibels(signal: float, noise: float) -> float:
     if noise == 0.0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
@@ -105,13 +135,18 @@ def sqnr_db(weight: Tensor, quantized: Tensor) -> float:
 def histogram(weight: Tensor, tensor: QuantizedTensor) -> Histogram:
     """Return how a float weight's values lie, with the levels of its most typical row.
 
+    Bins are counted over all values, or where there are more than 2**19, over 2**18 or so of them,
+    evenly spread; they begin and end at the smallest and largest of all.
+
     Args:
         weight: The float weight.
         tensor: What it was quantized to.
     """
-    values = weight.detach().float().flatten()
+    values = weight.detach().flatten()
     low, high = (float(end) for end in values.aminmax())
-    counts = torch.histc(values, BINS, low, high) if high > low else torch.ones(1)
+    stride = len(values) // SAMPLE | 1  # odd: it does not fall on the same few columns of a matrix
+    sample = values[::stride].float()
+    counts = torch.histc(sample, BINS, low, high) if high > low else torch.ones(1)
     relative = (counts.double() * FULL / counts.max()).ceil().int().tolist()
     return Histogram(low, high, tuple(relative), *typical_levels(tensor))
 
