@@ -6,6 +6,7 @@ start from the same gradients in every round, their order is shuffled, and the m
 
 import argparse
 import importlib.util
+import itertools
 import logging
 import random
 import statistics
@@ -49,7 +50,7 @@ def models():
     )
     widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
     stem = [nn.Conv2d(3, 64, 7, bias=False), nn.BatchNorm2d(64)]
-    blocks = [Block(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    blocks = [Block(a, b) for a, b in itertools.pairwise(widths)]
     resnet = nn.Sequential(*stem, *blocks, nn.Linear(512, 1000))
     layer = nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True)
     transformer = nn.TransformerEncoder(layer, 9, enable_nested_tensor=False)
