@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +34,6 @@ from clipquant.report.layers import bits_per_weight, layer_records
 from clipquant.report.progress import progress_bar
 from clipquant.report.record import QuantizationReport
 from clipquant.report.stored import describe
-
-AUTO_BATCHES = 16  # of the data given, from which bits="auto" estimates
 
 
 @dataclass(frozen=True)
@@ -154,22 +151,23 @@ def quantize(
     check_method(method)
     if bits == "auto":
         check_auto(max_drop, max_size, method, levels, symmetric, granularity)
-        batches = _auto_data(data)
+        batches = _auto_data(data, calibration_batches)
         guest = copy.deepcopy(model).eval()
         targets = select(guest, include, exclude).targets
-        fisher = squared_gradients(guest, targets, batches, _divergence())
+        fisher = squared_gradients(guest, targets, batches, _divergence(forward))
         goal = AutoBits(
             max_drop, max_size, "score", "max", granularity, include, exclude, overrides
         )
         judged = None if score is None else _judge_of(model, score)
         before = {} if score is None else {"score": float(score(model))}
-        found = quantize_auto(model, goal, fisher, before, judged)
+        with progress_bar(progress) as tell:
+            found = quantize_auto(model, goal, Seen(fisher, batches, forward, tell), before, judged)
         return found.reported(calibration=f"{len(batches)} batches of the data given")
     if max_drop is not None or max_size is not None:
         raise ValueError(
             f"max_drop and max_size need bits='auto', which chooses the bits by them; got bits={bits!r}."
         )
-    with progress_bar(progress is True) as bar:
+    with progress_bar(progress) as tell:
         weights = quantize_weights(
             model,
             bits,
@@ -182,7 +180,7 @@ def quantize(
             method=method,
             batches=None if data is None else calibration_data(data, calibration_batches),
             forward=forward,
-            progress=progress if callable(progress) else bar,
+            progress=tell,
         )
     quantized = QuantizedModel(weights, make_report(weights, model))
     if score is None:
@@ -208,10 +206,27 @@ class AutoBits:
     overrides: Mapping[str, int] | None = None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What bits="auto" chooses from.
+
+    Args:
+        fisher: Name of a weight -> E[g^2], (rows, columns).
+        batches: Calibration inputs.
+        forward: Runs a model on a batch.
+        progress: Told before each weight.
+    """
+
+    fisher: Mapping[str, Tensor]
+    batches: Sequence[Any]
+    forward: Forward = call_model
+    progress: Progress | None = None
+
+
 def quantize_auto(
     model: nn.Module,
     goal: AutoBits,
-    fisher: Mapping[str, Tensor],
+    seen: Seen,
     before: Mapping[str, float],
     judge: Callable[[QuantizedWeights], Mapping[str, float]] | None,
 ) -> QuantizedModel:
@@ -220,7 +235,7 @@ def quantize_auto(
     Args:
         model: Any module; it is not touched.
         goal: What is asked.
-        fisher: Name of a weight -> E[g^2], (rows, columns).
+        seen: Sensitivities and calibration data.
         before: Metrics of the float model.
         judge: Metrics of the model with some weights; None: only a size can be met.
 
@@ -231,7 +246,10 @@ def quantize_auto(
     check_finite(selection.targets)
     fixed = _given_widths(selection.targets, goal.overrides)
     size = goal.granularity if isinstance(goal.granularity, int) else None
-    found = allocator(model, selection, fisher, group_size=size, fixed=fixed)
+    found = allocator(
+        model, selection, seen.fisher, seen.batches, forward=seen.forward, group_size=size,
+        fixed=fixed, progress=seen.progress,
+    )  # fmt: skip
     base = replace(
         make_report(found.weights(found.uniform(8)), model),
         float_metrics=dict(before),
@@ -240,7 +258,7 @@ def quantize_auto(
     )
     most = None if goal.max_size is None else size_in_bytes(goal.max_size, base.float_bytes)
     # What the file will say of the search and its outcome, once they are known.
-    spare = 1000 + 10 * len(fisher) + 3 * len(str(dict(before)))
+    spare = 1000 + 10 * len(seen.fisher) + 3 * len(str(dict(before)))
 
     def size_of(weights: QuantizedWeights) -> int:
         return serialized_size(weights, describe(base))
@@ -272,7 +290,7 @@ def check_auto(
         raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
     check_budget(max_drop, max_size)
     wrong = {
-        "method": (method, method not in ("auto", "mse")),
+        "method": (method, method not in ("auto", "gptq")),
         "levels": (levels, levels is not None),
         "symmetric": (symmetric, bool(symmetric)),
         "granularity": (granularity, granularity == "tensor"),
@@ -280,7 +298,7 @@ def check_auto(
     for name, (value, bad) in wrong.items():
         if bad:
             raise ValueError(
-                f"bits='auto' gives each output channel a grid of its own, affine, chosen by 'mse'; got "
+                f"bits='auto' gives each output channel a grid of its own, affine, its codes chosen by 'gptq'; got "
                 f"{name}={value!r}. Leave {name} out, or give bits as a number."
             )
 
@@ -294,17 +312,19 @@ def _given_widths(targets: Iterable[Target], overrides: Mapping[str, int] | None
     }
 
 
-def _auto_data(data: Iterable[Any] | None) -> list[Any]:
-    if data is None:
+def _auto_data(data: Iterable[Any] | None, count: int) -> list[Any]:
+    if data is None or count == 0:
         raise ValueError(
-            "bits='auto' estimates from data how much each row matters; got data=None. Pass an iterable of inputs."
+            "bits='auto' estimates from data how much each row matters; got "
+            f"data={'None' if data is None else '...'}, calibration_batches={count}. Pass an iterable of inputs, and "
+            "1 or more."
         )
-    return list(islice(data, AUTO_BATCHES))
+    return calibration_data(data, count)
 
 
-def _divergence() -> Callable[[nn.Module, Any], tuple[Tensor, int]]:
+def _divergence(forward: Forward) -> Callable[[nn.Module, Any], tuple[Tensor, int]]:
     generator = torch.Generator().manual_seed(0)
-    return lambda model, batch: output_divergence(call_model(model, batch), generator)
+    return lambda model, batch: output_divergence(forward(model, batch), generator)
 
 
 def _judge_of(

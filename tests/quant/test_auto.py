@@ -1,4 +1,4 @@
-"""Sensitivities against their definition, grids against search, rows packed and read back."""
+"""Sensitivities against their definition, allocations packed and read back, biases and notes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from clipquant.artifact import read_artifact, save_artifact
-from clipquant.quant.auto import allocator, range_grid
-from clipquant.quant.grid import dequantize, dequantize_rows, quantize_rows
+from clipquant.quant.auto import allocator, output_curvature
+from clipquant.quant.grid import dequantize
 from clipquant.quant.layers import select
-from clipquant.quant.ranges import minmax_grid
+from clipquant.quant.observe import observe
 from clipquant.quant.sensitivity import output_divergence, squared_gradients
-from clipquant.quant.spec import QuantSpec
 
 
 def net() -> nn.Sequential:
@@ -61,29 +60,11 @@ def test_a_loss_that_is_not_finite_or_reaches_nothing_is_told() -> None:
         squared_gradients(model, targets, [0], lambda m, b: (free.sum(), 1))
 
 
-@pytest.mark.parametrize("width", range(1, 9))
-@pytest.mark.parametrize("group_size", [40, 7])
-def test_the_range_is_never_worse_than_min_max_for_the_weights_given(
-    width: int, group_size: int
-) -> None:
-    torch.manual_seed(width)
-    matrix, weight = torch.randn(6, 40), torch.rand(1, 40) + 0.01
-    spec = QuantSpec(width, symmetric=False, granularity=group_size)
-
-    def error(grid):  # type: ignore[no-untyped-def]
-        return (weight * (dequantize_rows(quantize_rows(matrix, grid), grid) - matrix) ** 2).sum()
-
-    assert (
-        error(range_grid(matrix, weight, width, group_size))
-        <= error(minmax_grid(matrix, spec)) * 1.01
-    )
-
-
 def test_rows_of_many_widths_survive_the_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = net()
     selection = select(model)
     fisher = {t.name: torch.rand(t.layout.rows, t.layout.columns) for t in selection.targets}
-    found = allocator(model, selection, fisher)
+    found = allocator(model, selection, fisher, [torch.randn(64, 6)])
     bits = {
         "0.weight": torch.tensor([0, 1, 3, 5, 8], dtype=torch.uint8),
         "2.weight": torch.tensor([2, 0, 7], dtype=torch.uint8),
@@ -101,3 +82,62 @@ def test_rows_of_many_widths_survive_the_file(tmp_path) -> None:  # type: ignore
     assert sum(found.sensitivities(bits).values()) > sum(
         found.sensitivities(found.uniform(8)).values()
     )
+
+
+def test_output_curvature_is_the_gradients_of_the_outputs() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(7, 4).eval(), torch.randn(4000, 7)
+    targets = select(model).targets
+    pull = torch.tensor([3.0, 1.0, 0.5, 0.0])
+
+    def loss(m: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        sign = torch.randn(len(batch), 4)
+        return (m(batch) * sign * pull).sum() / len(batch), len(batch)
+
+    fisher = squared_gradients(model, targets, [x] * 200, loss)["weight"]
+    moments = observe((model, model), targets, [x])["weight"]
+    assert torch.allclose(output_curvature(fisher, moments).float(), pull.square(), rtol=0.15)
+
+
+def test_the_bias_gives_back_the_mean_that_the_codes_lose() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(256, 20) + 2
+    selection = select(model)
+    fisher = {t.name: torch.rand(t.layout.rows, t.layout.columns) for t in selection.targets}
+    found = allocator(model, selection, fisher, [x])
+    state = found.weights(found.uniform(2)).state_dict()
+    assert not torch.equal(state["0.bias"], model[0].bias)
+    mean = F.linear(x, state["0.weight"], state["0.bias"]).mean(0)
+    assert torch.allclose(mean, model[0](x).mean(0), atol=1e-4)
+
+
+def test_weights_whose_inputs_are_unknown_are_rounded_and_say_so() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5)).eval()
+    model.register_module("aside", nn.Linear(3, 2))
+    selection = select(model)
+    fisher = {t.name: torch.rand(t.layout.rows, t.layout.columns) for t in selection.targets}
+    batch = torch.randint(0, 9, (40,))
+    found = allocator(
+        model, selection, fisher, [batch], forward=lambda m, b: m[1](m[0](b)), fixed={"1.weight": 3}
+    )
+    weights = found.weights(found.uniform(4))
+    assert {n: t.method for n, t in weights.tensors.items()} == {
+        "0.weight": "mse",
+        "1.weight": "gptq",
+        "aside.weight": "mse",
+    }
+    assert set(weights.notes) == {"0.weight", "aside.weight"}
+    assert weights.tensors["1.weight"].bits.unique().tolist() == [3]
+    assert set(found.biases) == {"1.weight"}
+
+
+def test_a_bias_that_two_layers_share_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).eval()
+    model[1].bias = model[0].bias
+    selection = select(model)
+    fisher = {t.name: torch.rand(5, 5) for t in selection.targets}
+    found = allocator(model, selection, fisher, [torch.randn(30, 5) + 1])
+    state = found.weights(found.uniform(1)).state_dict()
+    assert torch.equal(state["0.bias"], model[0].bias)
+    assert torch.equal(state["1.bias"], model[0].bias)

@@ -14,12 +14,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from clipquant.callbacks.data import train_batches
+from clipquant.callbacks.calibration import step_forward
+from clipquant.callbacks.data import calibration_batches, train_batches
 from clipquant.callbacks.evaluate import Judgement, judge
-from clipquant.model import AutoBits, QuantizedModel, quantize_auto
+from clipquant.model import AutoBits, QuantizedModel, Seen, quantize_auto
 from clipquant.quant.layers import select
 from clipquant.quant.model import QuantizedWeights
 from clipquant.quant.sensitivity import output_divergence, squared_gradients
+from clipquant.report.progress import progress_bar
 
 
 def choose_bits(
@@ -45,8 +47,10 @@ def choose_bits(
     loss = _Loss()
     targets = select(module, goal.include, goal.exclude).targets
     with isolate_rng(), _without_log_warnings():
+        torch.manual_seed(0)
         fisher = squared_gradients(module, targets, _training_batches(trainer, batches), loss)
     module.zero_grad(set_to_none=True)
+    data, forward = calibration_batches(trainer, batches), step_forward(trainer, module)
     judged: list[Judgement] = []
 
     def measure(weights: QuantizedWeights) -> Mapping[str, float]:
@@ -56,7 +60,9 @@ def choose_bits(
         return judged[-1].metrics
 
     able = bool(before.metrics)
-    quantized = quantize_auto(module, goal, fisher, before.metrics, measure if able else None)
+    with progress_bar(trainer.progress_bar_callback is not None) as tell:
+        seen = Seen(fisher, data, forward, tell)
+        quantized = quantize_auto(module, goal, seen, before.metrics, measure if able else None)
     said = f"{batches} batches of the train dataloader, by the {loss.what}"
     return quantized.reported(calibration=said), judged[-1] if judged else before
 

@@ -1,50 +1,63 @@
-"""Weights with bits of their own for every row: sensitivities, grids and the allocation between them."""
+"""Weights with bits of their own for every row: each at every width, and the allocation between them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from clipquant.quant.allocate import WIDTHS, Choices, Frontier, frontier
-from clipquant.quant.grid import Grid, dequantize_rows, from_codes, group, quantize_rows
+from clipquant.quant.calibrate import bias_of, is_lookup
+from clipquant.quant.grid import from_codes
 from clipquant.quant.layers import Selection, Target
 from clipquant.quant.model import QuantizedWeights, rest_of
-from clipquant.quant.sensitivity import row_losses
-from clipquant.quant.spec import QuantizedTensor
+from clipquant.quant.observe import HESSIAN_LIMIT, Forward, Moments, call_model, observe, twin
+from clipquant.quant.row_gptq import solve_rows
+from clipquant.quant.row_ranges import nearest_rows
+from clipquant.quant.row_table import RowTable
 
-METHOD = "mse"
-_SHRINKS = (33, 0.2)  # of the range at 1 to 4 bits: how many, and the least
-_FEW_SHRINKS = (9, 0.7)  # at 5 bits and more, where the best range is nearly the whole
-_REFITS = 6
+Progress: TypeAlias = Callable[[str, int, int], None]  # weight's name, steps done, steps in all
 
 
 @dataclass(frozen=True)
 class Allocator:
-    """A model's weights on grids of every width, and what each row loses at each.
+    """A model's weights at every width, and what each row loses at each.
 
     Args:
         model: The float model.
         selection: What of it is quantized.
-        grids: Name of a weight -> its grid at 0 to 8 bits.
+        tables: Name of a weight -> its codes and grids at 0 to 8 bits.
+        biases: Name of a weight -> name of the bias that takes up its mean error.
         frontier: The best allocations.
+        notes: Name of a weight -> what its reader should know.
     """
 
     model: nn.Module
     selection: Selection
-    grids: Mapping[str, tuple[Grid, ...]]
+    tables: Mapping[str, RowTable]
+    biases: Mapping[str, str]
     frontier: Frontier
+    notes: Mapping[str, str]
 
     def weights(self, bits: Mapping[str, Tensor]) -> QuantizedWeights:
         """Return the weights with these widths, uint8 (rows,) a weight."""
-        tensors = {
-            target.name: _take(target, self.grids[target.name], bits[target.name])
-            for target in self.selection.targets
-        }
+        tensors = {}
+        for target in self.selection.targets:
+            table, own = self.tables[target.name], bits[target.name]
+            codes, grid = table.take(own)
+            tensors[target.name] = from_codes(
+                codes, grid, own, target.layout, target.weight.dtype, table.method
+            )
         floats = rest_of(self.model, tensors, self.selection.aliases)
-        return QuantizedWeights(tensors, floats, self.selection.aliases, self.selection.left)
+        for name, bias in self.biases.items():
+            shift = self.tables[name].shift(bits[name])
+            if shift is not None:
+                floats[bias] = (floats[bias] + shift).to(floats[bias].dtype)
+        left, aliases = self.selection.left, self.selection.aliases
+        return QuantizedWeights(tensors, floats, aliases, left, self.notes)
 
     def uniform(self, width: int) -> dict[str, Tensor]:
         """Return one width for all rows, but for weights whose width is given."""
@@ -69,154 +82,113 @@ def allocator(
     model: nn.Module,
     selection: Selection,
     fisher: Mapping[str, Tensor],
+    batches: Sequence[Any],
     *,
+    forward: Forward = call_model,
     group_size: int | None = None,
     fixed: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
 ) -> Allocator:
-    """Return the grids of every weight at every width, and the frontier of their allocations.
+    """Return every weight at every width, and the frontier of their allocations.
+
+    Codes are GPTQ's on the inputs that the weights meet in the float network, so that a row's code at
+    a width depends on no other row and every allocation is at hand. A weight whose inputs are not
+    seen, or not in full, is rounded to nearest and noted.
 
     Args:
-        model: The float model.
+        model: The float model; it is not touched.
         selection: What of it is quantized.
         fisher: Name of a weight -> E[g^2], (rows, columns).
+        batches: Calibration inputs; none: every weight is rounded to nearest.
+        forward: Runs a model on a batch.
         group_size: Weights of a row that share a scale. None: the whole row.
         fixed: Name of a weight -> its width, where it is given.
+        progress: Told before each weight.
+
+    Raises:
+        ValueError: If a weight's inputs are NaN or infinite.
     """
-    grids, choices = {}, {}
-    for target in selection.targets:
+    tables, biases, choices, notes = {}, {}, {}, {}
+    for target, moments in _observed(model, selection.targets, batches, forward, progress):
+        name = target.name
         matrix = target.layout.fold(target.weight.detach()).float().cpu()
         size = min(group_size or target.layout.columns, target.layout.columns)
-        own = fisher[target.name]
-        weight = column_weights(own)
-        found = tuple(range_grid(matrix, weight, width, size) for width in range(WIDTHS))
-        given = (fixed or {}).get(target.name)
+        given = (fixed or {}).get(name)
         widths = tuple(range(WIDTHS)) if given is None else (given,)
-        losses = row_losses(matrix, own, lambda b, m=matrix, g=found: _rounded(m, g[b]), widths)  # type: ignore[misc]
-        grids[target.name] = found
-        choices[target.name] = Choices(target.layout.columns, losses, widths)
-    return Allocator(model, selection, grids, frontier(choices))
+        own, bias = fisher[name], _free_bias(model, target, selection)
+        if moments is None or moments.hessian.dim() == 2:
+            tables[name] = nearest_rows(matrix, own, widths, size)
+            losses = tables[name].errors / 2
+            notes[name] = "rounded to nearest: its inputs' second moments are not known in full"
+        else:
+            tables[name] = solve_rows(matrix, moments, widths, size, centred=bias is not None)
+            losses = tables[name].errors * (output_curvature(own, moments) / 2).unsqueeze(1)
+            if bias is not None:
+                biases[name] = bias
+        choices[name] = Choices(target.layout.columns, losses, widths)
+    return Allocator(model, selection, tables, biases, frontier(choices), notes)
 
 
-def column_weights(fisher: Tensor) -> Tensor:
-    """Return how much an error in each column matters, (1, columns): the rows' mean of E[g^2].
+def output_curvature(fisher: Tensor, moments: Moments) -> Tensor:
+    """Return how fast the loss grows with each row's squared output error, float64 (rows,).
 
-    For a linear layer E[g^2] of a row is close to E[x^2] times a number of the row, so this is the
-    activations' second moment, free of the noise of single elements. 1 % of the mean is added, and
-    where all is 0 every column counts the same.
-    """
-    mean = fisher.mean(0, keepdim=True)
-    total = mean.mean()
-    return mean / total + 0.01 if total > 0 else torch.ones_like(mean)
-
-
-def range_grid(matrix: Tensor, weight: Tensor, width: int, group_size: int) -> Grid:
-    """Return the grid of least weighted squared error: a search over ranges, then least squares.
+    That is E[g_y^2] of the row's output y, times the positions of a sample: E[g^2] of a weight is
+    nearly that times E[x^2] of its input.
 
     Args:
-        matrix: Floating (rows, columns).
-        weight: (1, columns): how much an error in each column matters.
-        width: 0 to 8 bits; 0 gives each group's weighted mean.
-        group_size: Neighbouring columns that share a scale.
+        fisher: E[g^2], (rows, columns).
+        moments: Of the inputs, H in full.
 
-    Returns:
-        Its grid, in float16 where that moves no end of a range by more than a quarter of a step.
-
-    >>> range_grid(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.ones(1, 4), 2, 4).scale
-    tensor([[1.]], dtype=torch.float16)
+    Source:
+        Martens and Grosse 2015, arXiv 1503.05671 (the Kronecker factors), with a diagonal for outputs.
     """
-    values = group(matrix, group_size)
-    counts = group(weight, group_size).clone()
-    short = values.shape[1] * group_size - matrix.shape[1]
-    if short:
-        counts[:, -1, -short:] = 0
-    counts = counts.expand_as(values)
-    mean = (counts * values).sum(2) / counts.sum(2)
-    low, high = values.aminmax(dim=2)
-    if width == 0:
-        return _narrow(mean, torch.full_like(mean, -1.0), 0, group_size)
-    steps = (1 << width) - 1
-    count, least = _SHRINKS if width <= 4 else _FEW_SHRINKS
-    best = _Fit(low * 0, low * 0, torch.full_like(low, torch.inf))
-    for share in torch.linspace(1.0, least, count).tolist():
-        scale = (high - low) * share / steps
-        best = best.better(
-            _measured(values, counts, scale, (high + low - scale * steps) / 2, steps)
-        )
-    for _ in range(_REFITS):
-        best = best.better(_refit(values, counts, best, steps))
-    constant = (low == high) | (best.scale <= 0)
-    scale = torch.where(constant, mean, best.scale)
-    zero = torch.where(constant, -1.0, -best.low / torch.where(constant, 1.0, scale))
-    return _narrow(scale, zero, steps, group_size)
+    energy = moments.hessian.diagonal(dim1=1, dim2=2).sum(1).double()
+    rows = len(fisher) // len(energy)
+    energy = energy.repeat_interleave(rows)
+    return fisher.sum(1).double() / torch.where(energy > 0, energy, torch.inf)
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """Candidate grids `low + scale * q` with their weighted errors, each (rows, groups)."""
-
-    scale: Tensor
-    low: Tensor
-    error: Tensor
-
-    def better(self, other: _Fit) -> _Fit:
-        worse = ~(other.error < self.error)
-        return _Fit(
-            torch.where(worse, self.scale, other.scale),
-            torch.where(worse, self.low, other.low),
-            torch.where(worse, self.error, other.error),
-        )
-
-
-def _codes(values: Tensor, scale: Tensor, low: Tensor, steps: int) -> Tensor:
-    step = torch.where(scale > 0, scale, torch.inf)
-    return ((values - low.unsqueeze(2)) / step.unsqueeze(2)).round_().clamp_(0, steps)
-
-
-def _measured(values: Tensor, counts: Tensor, scale: Tensor, low: Tensor, steps: int) -> _Fit:
-    q = _codes(values, scale, low, steps)
-    error = q.mul_(scale.unsqueeze(2)).add_(low.unsqueeze(2)).sub_(values).square_().mul_(counts)
-    return _Fit(scale, low, error.sum(2))
+def _observed(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Any],
+    forward: Forward,
+    progress: Progress | None,
+) -> Iterator[tuple[Target, Moments | None]]:
+    """Yield each weight with the moments of its inputs, those of one pass held at a time."""
+    same = twin(model)
+    known = [t for t in targets if batches and not is_lookup(model, t)]
+    done = 0
+    for group in _passes(known):
+        moments = observe((same, same), group, batches, forward)
+        for target in group:
+            if progress is not None:
+                progress(target.name, done, len(targets))
+            done += 1
+            yield target, moments.pop(target.name, None)
+    for target in targets:
+        if target not in known:
+            yield target, None
 
 
-def _refit(values: Tensor, counts: Tensor, fit: _Fit, steps: int) -> _Fit:
-    """Return the least-squares line through the codes that a fit gives."""
-    q = _codes(values, fit.scale, fit.low, steps)
-    total = counts.sum(2)
-    mean_q, mean_w = (counts * q).sum(2) / total, (counts * values).sum(2) / total
-    spread = q - mean_q.unsqueeze(2)
-    variance = (counts * spread.square()).sum(2)
-    scale = (counts * spread * values).sum(2) / torch.where(variance > 0, variance, torch.inf)
-    return _measured(values, counts, scale, mean_w - scale * mean_q, steps)
+def _passes(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Yield runs of weights whose second moments take no more memory together than one may alone."""
+    group: list[Target] = []
+    held = 0
+    for target in targets:
+        size = 4 * target.layout.columns**2
+        if group and held + size > HESSIAN_LIMIT:
+            yield group
+            group, held = [], 0
+        group.append(target)
+        held += size
+    if group:
+        yield group
 
 
-def _narrow(scale: Tensor, zero: Tensor, steps: int, group_size: int) -> Grid:
-    half = scale.to(torch.float16)
-    fits = (half.abs() >= 2.0**-14) & torch.isfinite(half) | (scale == 0)
-    moved = zero * scale / torch.where(half == 0, 1.0, half.float())
-    zero_half = torch.where((half == 0) | (zero == -1), zero, moved)
-    if bool((fits & (zero_half.abs() <= 512)).all()):
-        return Grid(half, zero_half.to(torch.float16), steps, group_size)
-    return Grid(scale, zero, steps, group_size)
-
-
-def _rounded(matrix: Tensor, grid: Grid) -> Tensor:
-    return dequantize_rows(quantize_rows(matrix, grid), grid)
-
-
-def _take(target: Target, grids: tuple[Grid, ...], bits: Tensor) -> QuantizedTensor:
-    """Return a weight whose rows stand on the grids of their widths."""
-    matrix = target.layout.fold(target.weight.detach()).float().cpu()
-    dtype = torch.float16
-    if any(grid.scale.dtype != torch.float16 for grid in grids):
-        dtype = torch.float32
-    scale = torch.zeros_like(grids[0].scale, dtype=dtype)
-    zero = torch.full_like(scale, -1.0)
-    for width in bits.unique().tolist():
-        own, grid = bits == width, grids[width]
-        scale[own] = grid.scale[own].to(dtype)
-        if grid.zero is not None:
-            zero[own] = grid.zero[own].to(dtype)
-    levels = (2 ** bits.long() - 1).unsqueeze(1)
-    grid = Grid(scale, zero, levels, grids[0].group_size)
-    codes = quantize_rows(matrix, grid)
-    return from_codes(codes, grid, bits, target.layout, target.weight.dtype, METHOD)
+def _free_bias(model: nn.Module, target: Target, selection: Selection) -> str | None:
+    """Return the state-dict key of the bias that may take up a weight's mean error; not a shared one."""
+    bias = bias_of(model, target)
+    name = target.name.removesuffix(target.attribute) + (bias or "")
+    tied = {*selection.aliases, *selection.aliases.values()}
+    return None if bias is None or name in tied else name

@@ -123,7 +123,7 @@ class _Run:
         if moments.hessian.dim() == 2:
             text = "inputs' second moments too large: their diagonal alone"
             self.notes.setdefault(target.name, []).append(text)
-        if _is_lookup(self.rounded, target):
+        if is_lookup(self.rounded, target):
             moments, bias = _with_lookup(moments, matrix), None
         found = solve(
             matrix,
@@ -215,7 +215,8 @@ def bias_of(model: nn.Module, target: Target) -> str | None:
     return name if module._parameters.get(name) is not None else None
 
 
-def _is_lookup(model: nn.Module, target: Target) -> bool:
+def is_lookup(model: nn.Module, target: Target) -> bool:
+    """Return whether a weight is looked up, and so multiplies with nothing."""
     module = model.get_submodule(target.name.rpartition(".")[0])
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
