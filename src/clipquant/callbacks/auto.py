@@ -21,6 +21,7 @@ from clipquant.model import AutoBits, QuantizedModel, Seen, quantize_auto
 from clipquant.quant.layers import select
 from clipquant.quant.model import QuantizedWeights
 from clipquant.quant.sensitivity import output_divergence, squared_gradients
+from clipquant.report.progress import progress_bar
 
 
 def choose_bits(
@@ -49,7 +50,7 @@ def choose_bits(
         torch.manual_seed(0)
         fisher = squared_gradients(module, targets, _training_batches(trainer, batches), loss)
     module.zero_grad(set_to_none=True)
-    seen = Seen(fisher, calibration_batches(trainer, batches), step_forward(trainer, module))
+    data, forward = calibration_batches(trainer, batches), step_forward(trainer, module)
     judged: list[Judgement] = []
 
     def measure(weights: QuantizedWeights) -> Mapping[str, float]:
@@ -59,7 +60,9 @@ def choose_bits(
         return judged[-1].metrics
 
     able = bool(before.metrics)
-    quantized = quantize_auto(module, goal, seen, before.metrics, measure if able else None)
+    with progress_bar(trainer.progress_bar_callback is not None) as tell:
+        seen = Seen(fisher, data, forward, tell)
+        quantized = quantize_auto(module, goal, seen, before.metrics, measure if able else None)
     said = f"{batches} batches of the train dataloader, by the {loss.what}"
     return quantized.reported(calibration=said), judged[-1] if judged else before
 
