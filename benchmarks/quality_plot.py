@@ -14,6 +14,10 @@ STYLES = {  # ours in warm colours and full lines, the peers in cold ones and da
     "hqq axis 0": ("#7cb342", "--"),
     "auto-round": ("#4b4bb0", "--"),
 }
+TITLES = {
+    "twoconv": "TwoConvNet, accuracy on Fashion-MNIST",
+    "albert": "ALBERT, masked tokens of reactions restored",
+}
 DROPS = (0, 0.1, 0.3, 1, 3, 10, 30, 100)
 LINEAR = 0.1  # points: below, the axis is linear, since a drop may be 0 or less
 
@@ -48,10 +52,10 @@ def _draw_network(panel, network, rows):
                 color=color,
             )  # fmt: skip
     panel.set_xscale("log")
-    panel.set_yscale("symlog", linthresh=LINEAR)
+    panel.set_yscale("symlog", linthresh=LINEAR, linscale=0.5)
     _ticks(panel, lines, base)
     _name_lines(panel, lines, base)
-    panel.set_title(f"{network}: float {base.quality:.2%}, {base.size_bytes / 1e3:,.0f} kB")
+    panel.set_title(f"{TITLES[network]}: float {base.quality:.2%}, {base.size_bytes / 1e3:,.0f} kB")
     panel.set_xlabel("bytes of the file, kB (a number at a point: bits)")
     panel.set_ylabel("points lost (up is better)")
 
@@ -78,22 +82,25 @@ def _ticks(panel, lines, base):
 
 
 def _name_lines(panel, lines, base):
-    """Write each name left of its line's narrowest point, moved down where another stands there."""
-    figure = panel.figure
-    figure.canvas.draw()
-    height = 12 * figure.dpi / 72
-    ends = sorted(
-        (panel.transData.transform((p[0].size_bytes / 1e3, _drop(p[0], base)))[1], w, p[0])
-        for w, p in lines.items()
-    )
-    places = []
-    for pixel, _, _ in ends:
-        places.append(max(pixel, places[-1] + height) if places else pixel)
-    edge = panel.get_xlim()[0] * 1.02
-    for place, (_, who, row) in zip(places, ends, strict=True):
+    """Write each name level with its line's narrowest point, ours on the left and the peers' on the right."""
+    panel.figure.canvas.draw()
+    left, right = panel.get_xlim()
+    ours = {who: points for who, points in lines.items() if who.startswith("clipquant")}
+    peers = {who: points for who, points in lines.items() if who not in ours}
+    _name_side(panel, ours, base, 1.02 * left, "left")
+    _name_side(panel, peers, base, right / 1.02, "right")
+
+
+def _name_side(panel, lines, base, edge, side):
+    height = 12 * panel.figure.dpi / 72  # of a line of text: names do not overlap
+    ends = {who: (row[0].size_bytes / 1e3, _drop(row[0], base)) for who, row in lines.items()}
+    pixels = {who: panel.transData.transform(end)[1] for who, end in ends.items()}
+    place = -height
+    for who in sorted(ends, key=pixels.get):
+        place = max(pixels[who], place + height)
         level = panel.transData.inverted().transform((0, place))[1]
+        color = STYLES[who][0]
         panel.annotate(
-            row.label, (row.size_bytes / 1e3, _drop(row, base)), (edge, level),
-            color=STYLES[who][0], fontsize=9, va="center",
-            arrowprops={"arrowstyle": "-", "color": STYLES[who][0], "linewidth": 0.5, "alpha": 0.5},
+            lines[who][0].label, ends[who], (edge, level), color=color, fontsize=9, va="center", ha=side,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.5},
         )  # fmt: skip

@@ -45,7 +45,6 @@ class Network:
     """A float network, its figure of merit from 0 to 1, its calibration inputs and what shares a scale."""
 
     name: str
-    title: str
     model: nn.Module
     score: Callable[[nn.Module], float]
     calibration: list
@@ -77,8 +76,7 @@ def twoconv(checkpoint):
     state = torch.load(checkpoint or trained(data), map_location="cpu", weights_only=True)
     net.load_state_dict(state.get("state_dict", state))
     test, images = data.test_dataloader(), calibration_images(data.train_dataloader())
-    title = "TwoConvNet, accuracy on Fashion-MNIST"
-    return Network("twoconv", title, net, lambda model: accuracy(model, test), images, "channel")
+    return Network("twoconv", net, lambda model: accuracy(model, test), images, "channel")
 
 
 @torch.no_grad()
@@ -123,7 +121,6 @@ def trained(data):
 
 def albert(_checkpoint):
     model, tokenizer = load_albert()
-    title = "ALBERT, 35 % of the tokens masked, share restored"
     calibration = [
         cut for batch in albert_batches("calibration", tokenizer) for cut in cut_rows(batch)
     ]
