@@ -29,7 +29,7 @@ from clipquant.callbacks.quantize_checks import (
     check_writable,
     refuse_shards,
 )
-from clipquant.model import AutoBits, QuantizedModel, check_auto, quantize
+from clipquant.model import AutoBits, QuantizedModel, check_auto, check_smallest, quantize
 from clipquant.quant.layers import select
 from clipquant.quant.model import CALIBRATED, check_method, method_for, specs_for
 from clipquant.quant.spec import QuantSpec
@@ -142,7 +142,8 @@ bits='auto' with max_drop or max_size to have it chosen.
         specs_for(select(pl_module, self.include, self.exclude).targets, self.spec, self.overrides)
         if trainer.is_global_zero:
             check_writable(self._folder(trainer))
-
+        if self.auto:
+            check_smallest(pl_module, self._goal(*monitored(trainer, self.monitor, self.mode)))
         if self.auto and self.max_drop is not None and validation_data(trainer, pl_module) is None:
             raise ValueError(
                 "max_drop is judged on validation data, and the Trainer has none. Give it a "
@@ -258,15 +259,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         before: Judgement,
         judged_by: tuple[str, str],
     ) -> tuple[QuantizedModel, Judgement]:
-        goal = AutoBits(
-            self.max_drop,
-            self.max_size,
-            *judged_by,
-            self.spec.granularity,
-            self.include,
-            self.exclude,
-            self.overrides,
-        )
+        goal = self._goal(*judged_by)
         found = choose_bits(trainer, module, goal, self.calibration_batches, before)
         budget = found[0].report.budget
         if budget is not None and budget.failure:
@@ -274,6 +267,18 @@ bits='auto' with max_drop or max_size to have it chosen.
                 raise BudgetError(f"{budget.failure}. Nothing was written; on_fail='warn' would.")
             rank_zero_warn(f"Budget missed: {budget.failure}.")
         return found
+
+    def _goal(self, monitor: str, mode: str) -> AutoBits:
+        return AutoBits(
+            self.max_drop,
+            self.max_size,
+            monitor,
+            mode,
+            self.spec.granularity,
+            self.include,
+            self.exclude,
+            self.overrides,
+        )
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         if self.dirpath is not None:
