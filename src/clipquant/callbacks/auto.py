@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipquant.callbacks.calibration import step_forward
 from clipquant.callbacks.data import calibration_batches, train_batches
-from clipquant.callbacks.evaluate import Judgement, judge
+from clipquant.callbacks.evaluate import judge
 from clipquant.model import AutoBits, QuantizedModel, Seen, quantize_auto
 from clipquant.quant.layers import select
 from clipquant.quant.model import QuantizedWeights
@@ -28,16 +28,16 @@ def choose_bits(
     module: pl.LightningModule,
     goal: AutoBits,
     batches: int,
-    before: Judgement,
-) -> tuple[QuantizedModel, Judgement]:
-    """Return a module with the bits that meet a goal, and what the last trial's validation found.
+    before: Mapping[str, float],
+) -> QuantizedModel:
+    """Return a module with the bits that meet a goal.
 
     Args:
         trainer: The Trainer that has fitted.
         module: A copy of the module, attached to no Trainer.
         goal: What is asked.
         batches: Batches of the training data for the sensitivities.
-        before: What the validation of the float module found.
+        before: Metrics of the float module; none: only a size can be met.
 
     Raises:
         ValueError: If there is no training data, or the goal cannot be asked.
@@ -49,19 +49,23 @@ def choose_bits(
         torch.manual_seed(0)
         fisher = squared_gradients(module, targets, _training_batches(trainer, batches), loss)
     module.zero_grad(set_to_none=True)
-    seen = Seen(fisher, calibration_batches(trainer, batches), step_forward(trainer, module))
-    judged: list[Judgement] = []
+    data = calibration_batches(trainer, batches)
+    seen = Seen(fisher, data, step_forward(trainer, module), _tell)
+    judged: list[dict[str, float]] = []
 
     def measure(weights: QuantizedWeights) -> Mapping[str, float]:
         judged.append(judge(trainer, module, weights.state_dict()))
-        value = judged[-1].metrics.get(goal.monitor)
+        value = judged[-1].get(goal.monitor)
         rank_zero_info(f"Budget search, trial {len(judged)}: {goal.monitor} = {value}")
-        return judged[-1].metrics
+        return judged[-1]
 
-    able = bool(before.metrics)
-    quantized = quantize_auto(module, goal, seen, before.metrics, measure if able else None)
+    quantized = quantize_auto(module, goal, seen, before, measure if before else None)
     said = f"{batches} batches of the train dataloader, by the {loss.what}"
-    return quantized.reported(calibration=said), judged[-1] if judged else before
+    return quantized.reported(calibration=said)
+
+
+def _tell(name: str, done: int, total: int) -> None:
+    rank_zero_info(f"Codes at every width: {name} ({done + 1} of {total})")
 
 
 def _training_batches(trainer: pl.Trainer, count: int) -> list[Any]:

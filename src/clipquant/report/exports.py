@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from clipquant.report.record import QuantizationReport
@@ -42,10 +43,10 @@ def latencies(export: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def export_remarks(export: Mapping[str, Any]) -> list[str]:
-    """Return what the reader should know of an export: why it failed, or its file and notes."""
+    """Return what the reader should know of an export: why it failed, or its file's name and notes."""
     if export["error"]:
         return [f"{export['format']} failed: {export['error']}"]
-    lines = [f"{export['format']}: {export['path']}"]
+    lines = [f"{export['format']}: {Path(export['path']).name}"]
     if export["difference"] is not None:
         lines.append(
             f"outputs within {export['difference']:.3g} of the quantized model's on the example input"

@@ -136,7 +136,7 @@ def _weights(report: QuantizationReport) -> str:
     )
     rows = "".join(_row(layer, report) for layer in report.layers)
     table = (
-        f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
+        f'<div class="scroll names"><table class="sortable"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
     why = (
@@ -243,7 +243,7 @@ def _left(report: QuantizationReport) -> str:
         for item in report.left
     )
     table = (
-        '<div class="scroll"><table><thead><tr><th scope="col">tensor</th><th scope="col">bytes</th>'
+        '<div class="scroll names"><table><thead><tr><th scope="col">tensor</th><th scope="col">bytes</th>'
         f'<th scope="col" class="prose">why</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
     total = sum(item.bytes for item in report.left)
