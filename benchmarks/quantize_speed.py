@@ -23,7 +23,7 @@ from torch import nn
 from clipquant import quantize
 from clipquant.quant.model import quantize_weights
 from clipquant.quant.pack import pack, unpack
-from clipquant.quant.packed import pack_tensor
+from clipquant.quant.packed_weight import pack_tensor
 
 SIDE, LAYERS = 4096, 4
 

@@ -270,7 +270,7 @@ def test_many_chunks_are_clipped_as_one() -> None:
     record = clip_gradients_(ours, Value(0.5), on_nonfinite="skip", measure=True)
     assert all(torch.equal(p.grad, e) for p, e in zip(ours, expected, strict=True))
     assert record.grad_norm_clipped == pytest.approx(
-        float(torch.stack([e.norm() for e in expected]).norm()), rel=1e-6
+        float(torch.stack([e.double().norm() for e in expected]).norm()), rel=1e-6
     )
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from clipquant.quant.grid import dequantize
 from clipquant.quant.model import quantize_weights
-from clipquant.quant.packed import PackedWeight, pack_tensor, packed_copy, unpack_tensor
+from clipquant.quant.packed import packed_copy
+from clipquant.quant.packed_weight import PackedWeight, pack_tensor, unpack_tensor
 
 
 class Layers(nn.Module):
@@ -150,3 +151,104 @@ def test_backward_reaches_what_lies_before_a_packed_layer(layers):
     x = torch.randn(2, 8, 5, requires_grad=True)
     packed.conv(x).sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of eight rows, so that small layers are run in several."""
+    monkeypatch.setattr("clipquant.quant.packed_weight.BLOCK", 1)
+
+
+BAG = {"input": torch.tensor([3, 0, 3, 18, 7]), "offsets": torch.tensor([0, 2, 2])}
+BLOCKWISE = {
+    "linear": (nn.Linear(5, 19), (torch.randn(2, 3, 5),)),
+    "linear without a bias": (nn.Linear(8, 16, bias=False), (torch.randn(8),)),
+    "conv1d": (nn.Conv1d(3, 17, 3, padding=1, padding_mode="circular"), (torch.randn(2, 3, 6),)),
+    "conv2d": (nn.Conv2d(2, 20, (2, 3), stride=2), (torch.randn(2, 5, 6),)),
+    "conv3d": (nn.Conv3d(2, 9, 2, bias=False), (torch.randn(1, 2, 3, 3, 3),)),
+    "grouped conv": (nn.Conv1d(4, 20, 3, groups=2), (torch.randn(2, 4, 6),)),
+    "up1d": (nn.ConvTranspose1d(3, 17, 3, stride=2), (torch.randn(2, 3, 4), [10])),
+    "up2d": (nn.ConvTranspose2d(3, 10, 3, padding=1), (torch.randn(3, 4, 4),)),
+    "grouped up": (nn.ConvTranspose1d(4, 20, 3, groups=2), (torch.randn(2, 4, 4),)),
+    "embedding": (nn.Embedding(19, 5, padding_idx=3), (torch.tensor([[18, 0], [3, 3]]),)),
+    "embedding of norm 1": (nn.Embedding(19, 8, max_norm=1.0), (torch.tensor([18, 0, 0]),)),
+    "no ids": (nn.Embedding(19, 8), (torch.zeros(0, 2, dtype=torch.long),)),
+    "bag": (nn.EmbeddingBag(19, 5, mode="sum"), tuple(BAG.values())),
+    "padded bag": (nn.EmbeddingBag(19, 8, padding_idx=3), tuple(BAG.values())),
+    "bag of maxima": (nn.EmbeddingBag(19, 3, mode="max"), (BAG["input"].reshape(1, -1),)),
+}
+
+
+def mixed_rows(tensor):
+    """The weight with 0 to 8 bits a row."""
+    bits = torch.arange(tensor.layout.rows).mul(5).remainder(9).to(torch.uint8)
+    codes = (tensor.codes % (2 ** bits.long())[:, None]).to(torch.uint8)
+    return replace(tensor, codes=codes, bits=bits, levels=None)
+
+
+@pytest.mark.parametrize("bits", [*range(1, 9), "rows"])
+@pytest.mark.parametrize("kind", BLOCKWISE)
+def test_a_layer_run_in_blocks_gives_what_the_dequantized_layer_gives(kind, bits, small_blocks):
+    layer, inputs = BLOCKWISE[kind]
+    layer = copy.deepcopy(layer).eval()
+    for granularity in ("tensor", "channel", 3):
+        weights = quantize_weights(layer, 8 if bits == "rows" else bits, granularity=granularity)
+        if bits == "rows" and granularity != "tensor":
+            weights = replace(weights, tensors={"weight": mixed_rows(weights.tensors["weight"])})
+        with torch.no_grad():
+            expected = dequantized(layer, weights)(*inputs)
+            packed = packed_copy(layer, weights)
+            actual = packed(*inputs)
+        if "conv" in kind or "up" in kind or "linear" in kind:
+            assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(actual, expected)
+        assert torch.equal(packed.weight, dequantize(weights.tensors["weight"]))
+
+
+def test_a_layer_of_several_blocks_is_never_dequantized_whole(small_blocks, monkeypatch):
+    asked = []
+    monkeypatch.setattr(PackedWeight, "forward", lambda self: asked.append(self))
+    for kind, (layer, inputs) in BLOCKWISE.items():
+        if "grouped" not in kind:
+            packed_copy(layer, quantize_weights(layer, 4))(*inputs)
+    assert asked == []
+
+
+def test_gradients_pass_through_blocks(small_blocks):
+    layer, (x,) = BLOCKWISE["linear"]
+    weights = quantize_weights(layer, 4)
+    found = []
+    for model in (dequantized(layer, weights), packed_copy(layer, weights)):
+        given = x.clone().requires_grad_()
+        model(given).square().sum().backward()
+        found.append((given.grad, model.bias.grad))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("index", [-1, 19])
+def test_an_index_outside_the_table_is_refused(index, small_blocks):
+    packed = packed_copy(nn.Embedding(19, 5), quantize_weights(nn.Embedding(19, 5), 3))
+    with pytest.raises(IndexError, match=f"0 to 18; got .*{index}"):
+        packed(torch.tensor([0, index]))
+
+
+def test_a_subclass_with_a_forward_of_its_own_keeps_it(small_blocks):
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = Twice(5, 19)
+    weights = quantize_weights(layer, 4)
+    x = torch.randn(2, 5)
+    assert torch.equal(
+        outputs(packed_copy(layer, weights), x), outputs(dequantized(layer, weights), x)
+    )
+
+
+def test_a_compiled_layer_of_several_blocks_holds_its_weight_whole_in_the_graph(small_blocks):
+    model = nn.Sequential(nn.Embedding(19, 6), nn.Linear(6, 33)).eval()
+    packed = packed_copy(model, quantize_weights(model, 4))
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    ids = torch.tensor([[1, 18]])
+    assert torch.allclose(outputs(compiled, ids), outputs(packed, ids), atol=1e-6)

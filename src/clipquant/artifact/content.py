@@ -22,7 +22,8 @@ from clipquant.quant.grid import dequantize
 from clipquant.quant.layers import LeftInFloat
 from clipquant.quant.model import QuantizedWeights
 from clipquant.quant.pack import pack, packed_bytes
-from clipquant.quant.packed import PackedTensor, pack_modules_, unpack_tensor
+from clipquant.quant.packed import pack_modules_
+from clipquant.quant.packed_weight import PackedTensor, unpack_tensor
 from clipquant.quant.spec import Layout, QuantizedTensor
 
 

@@ -2,7 +2,7 @@
 
 from clipquant.clip.adaptive import AdaGC, AutoClip, ZClip
 from clipquant.clip.apply import clip_gradients_
-from clipquant.clip.norms import Gradients
+from clipquant.clip.gradients import Gradients
 from clipquant.clip.plans import Scale
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rules import AGC, Indicator, Norm, Rule, Value

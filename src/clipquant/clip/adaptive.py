@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipquant.clip.norms import Gradients
+from clipquant.clip.checks import check_count, check_number, check_share
+from clipquant.clip.gradients import Gradients
 from clipquant.clip.plans import Scale, ScaleEach
-from clipquant.clip.rules import Rule, State, check_count, check_number, scale_each, scaled
+from clipquant.clip.rules import Rule, State, scale_each, scaled
 
 
 @dataclass(frozen=True)
@@ -236,21 +237,6 @@ def shrinkage(norm: Tensor, limit: float | Tensor) -> Tensor:
         tensor([1.0000, 0.2500])
     """
     return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
-
-
-def check_share(rule: str, name: str, value: float) -> None:
-    """Check that `value` is a number in [0, 1).
-
-    Raises:
-        ValueError: It is not.
-    """
-    check_number(
-        rule, name, value, low=0.0, hint="the share that stays from step to step, e.g. 0.97"
-    )
-    if value >= 1:
-        raise ValueError(
-            f"{rule}: {name} must be below 1, got {value!r}: with 1 the statistics would never move"
-        )
 
 
 def _grown(means: Tensor, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from clipquant.clip.assign import Assignment, Params, Part, assign
 from clipquant.clip.finite import OnNonfinite, check_policy, nonfinite_members, zero_nonfinite_
-from clipquant.clip.norms import Gradients, combine_norms
-from clipquant.clip.plans import Clamp, Indicate, Scale
+from clipquant.clip.gradients import Gradients
+from clipquant.clip.norms import combine_norms
+from clipquant.clip.plans import Indicate, Scale
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rules import Rule, State
 from clipquant.clip.write import carry_out_, norms_after, writable
-
-_CHUNK = 1 << 20  # elements, 4 MB: what is still in the cache when it is read again
 
 
 @torch.no_grad()
@@ -96,7 +95,7 @@ def clip_assigned_(
     whole = assignment.whole
     streams = skip_above is None and on_nonfinite in ("skip", "leave", "propagate")
     if streams and whole is not None and getattr(whole.rule, "local", False):
-        record = _clip_in_chunks_(job, whole, on_nonfinite != "propagate", measure)
+        record = _clip_local_(job, whole, on_nonfinite != "propagate", measure)
         skip = on_nonfinite == "skip" and bool(record.nonfinite)
         return _without_gradients_(record, assignment.params) if skip else record
     record = ClipRecord()
@@ -138,19 +137,22 @@ class _Job:
     def names(self, members: Iterable[int]) -> tuple[str, ...]:
         return tuple(self.assignment.names[self.present[i]] for i in members)
 
-    def params(self, members: Iterable[int]) -> list[Tensor]:
+    def params(self, members: Sequence[int]) -> Sequence[Tensor]:
+        if len(members) == len(self.assignment.params):
+            return self.assignment.params
         return [self.assignment.params[self.present[i]] for i in members]
 
     def record(self, record: ClipRecord, before: Tensor | None, after: Tensor | None) -> ClipRecord:
         """Return the record with the norms, and the state where the record has none."""
+        missing = len(self.present) < len(self.assignment.names)
         return replace(
             record,
             grad_norm=None if before is None else float(combine_norms(before, self.order)),
             grad_norm_clipped=None if after is None else float(combine_norms(after, self.order)),
             norms=before,
             norms_clipped=after,
-            names=self.names(range(len(self.present))),
-            groups=tuple(self.assignment.groups[i] for i in self.present),
+            names=self.names(range(len(self.present))) if missing else self.assignment.names,
+            groups=self.grads.groups,
             order=self.order,
             state=record.state or self.state,
         )
@@ -167,41 +169,30 @@ def _zero_(job: _Job, damaged: Iterable[int]) -> _Job:
     return replace(job, grads=job.grads.unmeasured())
 
 
-def _clip_in_chunks_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecord:
-    """Clip by a rule that reads one gradient at a time: measure, clip and measure each chunk while it is in the cache.
+def _clip_local_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecord:
+    """Clip by a rule that reads one gradient at a time, which measures and clips in one go.
 
-    A chunk that is not finite stays as it is. Under "skip" the gradients before it are clipped already, but the step
-    is left out as a whole.
+    What is not finite stays as it is. Under "skip" other gradients are clipped already then, but the step is left out
+    as a whole.
     """
-    everything = range(len(job.grads))
-    plan, own = part.rule.plan(job.grads, job.params(everything), part.state(job.state))
-    by_norm = measure or (watch and not isinstance(plan, Clamp))
-    before: list[Tensor] = []
-    after: list[Tensor] = []
-    clipped, finite = False, True
-    for members in _chunks(job.grads):
-        piece = job.grads.select(members)
-        if by_norm:
-            before.append(piece.norms(job.order))
-            after.append(before[-1])
-            if watch and not bool(before[-1].isfinite().all()):
-                finite = False
-                continue
-        outcome = carry_out_(part.rule, plan, piece, job.params(members), watch or measure)
-        clipped, finite = clipped or outcome.clipped, finite and outcome.finite
-        if by_norm and outcome.clipped:
-            after[-1] = norms_after(plan, piece, [], job.order)
-    record = ClipRecord(clipped=clipped, state={**job.state, **part.prefixed(own)})
-    norms = torch.cat(before) if by_norm else None
-    if watch and not finite:
-        damaged = nonfinite_members(
-            job.grads if norms is None else job.grads.with_norms(norms, job.order), job.order
-        )
-        return job.record(
-            replace(record, nonfinite=job.names(damaged), state=job.state), norms, None
-        )
-    clipped_norms = torch.cat(after) if by_norm else None
-    record = job.record(record, norms, clipped_norms)
+    params = job.params(range(len(job.grads)))
+    plan, own = part.rule.plan(job.grads, params, part.state(job.state))
+    outcome = carry_out_(
+        part.rule,
+        plan,
+        job.grads,
+        params,
+        leave=watch,
+        tell=watch or measure,
+        order=job.order if measure else None,
+    )
+    norms, clipped_norms = outcome.before, outcome.after
+    if watch and not outcome.finite:
+        known = job.grads if norms is None else job.grads.with_norms(norms, job.order)
+        damaged = job.names(nonfinite_members(known, job.order))
+        return job.record(ClipRecord(nonfinite=damaged, state=job.state), norms, None)
+    state = {**job.state, **part.prefixed(own)}
+    record = job.record(ClipRecord(clipped=outcome.clipped, state=state), norms, clipped_norms)
     return replace(record, nonzero_share=_nonzero_share(plan, job.grads, clipped_norms))
 
 
@@ -233,19 +224,6 @@ def _clip_parts_(job: _Job, record: ClipRecord, measure: bool, defer: bool) -> C
     return job.record(replace(record, state=state, nonzero_share=share), before, after)
 
 
-def _chunks(grads: Gradients) -> Iterator[list[int]]:
-    """Yield the indices of consecutive gradients that together stay in the cache, a large one alone."""
-    members: list[int] = []
-    size = 0
-    for i, grad in enumerate(grads):
-        if members and size + grad.numel() > _CHUNK:
-            yield members
-            members, size = [], 0
-        members.append(i)
-        size += grad.numel()
-    yield members
-
-
 def _nonzero_share(plan: Any, grads: Gradients, norms: Tensor | None) -> float | None:
     """Return the share of ones among indicators: a vector of zeros and ones has as many ones as its squared 2-norm."""
     if norms is None or not isinstance(plan, Indicate):
@@ -258,15 +236,16 @@ def _collect_(assignment: Assignment, present: Sequence[int], loss_scale: float)
     """Return the gradients, each brought to a form whose stored values can be clipped in place."""
     tensors = []
     for i in present:
-        param = assignment.params[i]
-        grad = param.grad
+        grad = assignment.params[i].grad
         if grad is None:
             continue
-        ready = writable(grad)
-        if ready is not grad:
-            param.grad = ready
-        tensors.append(ready)
-    return Gradients(tensors, [assignment.groups[i] for i in present], present, loss_scale)
+        if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_complex():
+            assignment.params[i].grad = grad = writable(grad)
+        tensors.append(grad)
+    groups = assignment.groups
+    if len(present) < len(groups):
+        groups = tuple(groups[i] for i in present)
+    return Gradients(tensors, groups, present, loss_scale)
 
 
 def _describe(names: Sequence[str]) -> str:

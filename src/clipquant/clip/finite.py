@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipquant.clip.norms import Gradients, local_values
+from clipquant.clip.gradients import Gradients
+from clipquant.clip.shards import local_values
 
 OnNonfinite = Literal["skip", "zero", "raise", "propagate"]
 POLICIES: tuple[OnNonfinite, ...] = ("skip", "zero", "raise", "propagate")

@@ -1,43 +1,25 @@
-"""Norms of gradients: measured once, in float32 or better, over tensors of every kind."""
+"""Norms of tensors of every kind, accumulated in float32 or better."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 
-_EXACT = (torch.float32, torch.float64)  # a norm computed in these needs no wider accumulator
+from clipquant.clip.shards import local_values, reduce_norms
+
+EXACT = (torch.float32, torch.float64)  # a norm computed in these needs no wider accumulator
 _BLOCK = 1 << 18  # elements; a float32 block of 1 MB stays in a core's cache
+_LARGE = 1 << 17  # elements; from here on a norm of rows' norms is faster than one long reduction
+_ROW = 1024
 
 
 def vector_norm(values: Tensor, order: float, dim: Sequence[int] | None = None) -> Tensor:
     """Return the norm over all of `values`, or over the axes `dim`, which are kept with length 1."""
     norm: Tensor = torch.linalg.vector_norm(values, order, dim=dim, keepdim=dim is not None)
     return norm
-
-
-def local_values(tensor: Tensor) -> Tensor:
-    """Return the dense tensor that stores the elements of `tensor` on this process; writing to it writes to `tensor`.
-
-    Args:
-        tensor: A strided, sparse (coalesced) or distributed tensor.
-
-    Returns:
-        The tensor itself, its stored values, or its local shard.
-    """
-    if isinstance(tensor, DTensor):
-        shard = tensor.to_local()
-        wait = getattr(shard, "wait", None)
-        values: Tensor = wait() if wait is not None else shard
-        return values
-    if tensor.layout is torch.strided:
-        return tensor
-    return tensor.values()
 
 
 def tensor_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
@@ -54,18 +36,51 @@ def tensor_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)])
         tensor([5., 0.])
     """
-    values = [local_values(tensor) for tensor in tensors]
-    norms = _reduce_over_shards(_norms_of_values(values, order), tensors, order)
-    if (
-        order != math.inf
-        and norms.numel()
-        and norms.dtype is torch.float32
-        and bool(norms.isinf().any())
-    ):
-        # An infinite norm may only be squares that overflow: float64 holds the square of every float32.
-        doubles = torch.stack([_norm_in_double(v, order) for v in values])
-        return _reduce_over_shards(doubles, tensors, order)
-    return norms
+    return reduce_norms(
+        value_norms([local_values(tensor) for tensor in tensors], order), tensors, order
+    )
+
+
+def value_norms(values: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """Return the norm of each dense tensor of this process; `tensor_norms` without the other processes.
+
+    Args:
+        values: Strided tensors.
+        order: Order p of the norm.
+
+    Returns:
+        Shape (len(values),), as `tensor_norms`.
+    """
+    return bounded_norms(values, order)[0]
+
+
+def bounded_norms(values: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, list[Tensor]]:
+    """Return the norm of each dense tensor, and of each some norms among which one reaches its largest element.
+
+    Args:
+        values: Strided tensors.
+        order: Order p of the norm.
+
+    Returns:
+        Shape (len(values),), as `tensor_norms`; for each tensor the norms of its parts, of any shape: no element is
+        larger than the largest of them.
+    """
+    if not values:
+        return torch.zeros(0), []
+    home = values[0].device
+    if order == math.inf:
+        parts = norms = [_largest_magnitude(v) for v in values]
+    elif all(v.dtype in EXACT and v.device == home for v in values):
+        parts = _part_norms(values, order)
+        norms = [p if p.ndim == 0 else torch.linalg.vector_norm(p) for p in parts]
+    else:
+        parts = norms = [_norm(v, order) for v in values]
+    stacked = _stack(norms, home)
+    if order == math.inf or stacked.dtype is torch.float64 or math.inf not in stacked.tolist():
+        return stacked, parts
+    # An infinite norm may only be squares that overflow: float64 holds the square of every float32.
+    doubles = [_norm_in_double(v, order).to(home) for v in values]
+    return torch.stack(doubles), doubles
 
 
 def combine_norms(norms: Tensor, order: float = 2.0) -> Tensor:
@@ -85,7 +100,7 @@ def combine_norms(norms: Tensor, order: float = 2.0) -> Tensor:
     if norms.numel() == 0:
         return norms.new_zeros(())
     total = vector_norm(norms, order)
-    if bool(total.isinf()) and norms.dtype is torch.float32:
+    if norms.dtype is torch.float32 and math.isinf(float(total)):
         return vector_norm(norms.double(), order)
     return total
 
@@ -109,146 +124,68 @@ def norms_by_group(norms: Tensor, groups: Sequence[int], order: float = 2.0) -> 
     return torch.stack([combine_norms(norms[m], order) for m in members]) if members else norms
 
 
-def unit_norms(tensor: Tensor) -> Tensor:
-    """Return the 2-norm of each unit: of each slice along the first axis, or of the whole tensor below two axes.
+def norms_of_owners(norms: Tensor, owners: Tensor, count: int, order: float = 2.0) -> Tensor:
+    """Return the norm of each owner of pieces whose norms are given; finite where those are.
 
     Args:
-        tensor: A strided or distributed tensor of any floating or complex dtype.
+        norms: Shape (n,), norms of the pieces.
+        owners: Shape (n,), int64, whose piece each is.
+        count: Number of owners.
+        order: Order p of the norms.
 
     Returns:
-        float32 (float64 for double), of a shape that multiplies `tensor`: (rows, 1, ..., 1), or a scalar; of a
-        distributed tensor the rows of the local shard.
+        Shape (count,), of the dtype of `norms`, or float64 where that would overflow.
 
     Example:
-        >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
-        tensor([[5.],
-                [2.]])
+        >>> norms_of_owners(torch.tensor([3.0, 1.0, 4.0]), torch.tensor([0, 1, 0]), 2)
+        tensor([5., 1.])
     """
-    values = local_values(tensor)
-    values = values.abs() if values.is_complex() else values
-    values = values if values.dtype in _EXACT else values.float()
-    norms = vector_norm(values, 2, tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None)
-    if isinstance(tensor, DTensor):
-        dims = [d for d, p in enumerate(tensor.placements) if not isinstance(p, Replicate)]
-        if tensor.ndim > 1:  # a shard along the first axis holds its units as a whole
-            dims = [d for d in dims if getattr(tensor.placements[d], "dim", None) != 0]
-        return _reduce(norms, tensor.device_mesh, dims, 2.0)
-    return norms
-
-
-def reduce_any(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
-    """Return for each flag whether it is set on any process that holds a part of the tensors.
-
-    Args:
-        flags: Flags of this process.
-        tensors: What they were found on; without distributed ones they stay as they are.
-    """
-    meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
-    if not meshes:
-        return list(flags)
-    found = torch.tensor(flags, dtype=torch.float32, device=next(iter(meshes)).device_type)
-    for mesh in meshes:
-        found = _reduce(found, mesh, range(mesh.ndim), math.inf)
-    return [bool(flag) for flag in found.tolist()]
-
-
-class Gradients(Sequence[Tensor]):
-    """A sequence of gradients whose norms are measured at most once, however many readers ask.
-
-    Args:
-        tensors: The gradients, all present.
-        groups: Index of the parameter group of each gradient; all 0 where not given.
-        positions: Position of each gradient's parameter among all parameters, stable from step to step.
-        loss_scale: Factor that the tensors still carry; norms are given without it.
-
-    Example:
-        >>> Gradients([torch.tensor([3.0]), torch.tensor([4.0])]).norm()
-        tensor(5.)
-    """
-
-    def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        groups: Sequence[int] | None = None,
-        positions: Sequence[int] | None = None,
-        loss_scale: float = 1.0,
-    ) -> None:
-        self.tensors = tuple(tensors)
-        self.groups = tuple(groups) if groups is not None else (0,) * len(self.tensors)
-        self.positions = (
-            tuple(positions) if positions is not None else tuple(range(len(self.tensors)))
-        )
-        self.loss_scale = loss_scale
-        self._norms: dict[float, Tensor] = {}
-
-    def norms(self, order: float = 2.0) -> Tensor:
-        """Return the norm of each gradient, shape (len(self),)."""
-        if order not in self._norms:
-            measured = tensor_norms(self.tensors, order)
-            self._norms[order] = measured if self.loss_scale == 1.0 else measured / self.loss_scale
-        return self._norms[order]
-
-    def norm(self, order: float = 2.0) -> Tensor:
-        """Return the norm of all gradients seen as one vector, a scalar tensor."""
-        return combine_norms(self.norms(order), order)
-
-    def measured(self, order: float = 2.0) -> bool:
-        """Return whether the norms of this order are known already, so that asking costs nothing."""
-        return order in self._norms
-
-    def with_norms(self, norms: Tensor, order: float) -> Gradients:
-        """Return the same gradients with norms that were measured elsewhere."""
-        known = self.select(range(len(self)))
-        known._norms = {**self._norms, order: norms}
-        return known
-
-    def unmeasured(self) -> Gradients:
-        """Return the same gradients without norms, for when their elements have changed."""
-        return Gradients(self.tensors, self.groups, self.positions, self.loss_scale)
-
-    def select(self, members: Sequence[int]) -> Gradients:
-        """Return the gradients at these indices; norms known already are not measured again."""
-        part = Gradients(
-            [self.tensors[i] for i in members],
-            [self.groups[i] for i in members],
-            [self.positions[i] for i in members],
-            self.loss_scale,
-        )
-        part._norms = {order: norms[list(members)] for order, norms in self._norms.items()}
-        return part
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        return self.tensors[index]
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.tensors)
-
-
-def _norms_of_values(values: Sequence[Tensor], order: float) -> Tensor:
-    if not values:
-        return torch.zeros(0)
-    home = values[0].device
-    dtype = torch.float64 if any(_is_double(v) for v in values) else torch.float32
+    zeros = norms.new_zeros(count, dtype=torch.float64)
     if order == math.inf:
-        norms = [_largest_magnitude(v) for v in values]
-    elif all(v.device == home and v.dtype in _EXACT for v in values):
-        norms = list(torch._foreach_norm(list(values), order))
+        total = zeros.scatter_reduce(0, owners, norms.double(), "amax")
     else:
-        norms = [_norm(v, order) for v in values]
+        total = zeros.index_add(0, owners, norms.double() ** order) ** (1 / order)
+    result = total.to(norms.dtype)
+    return total if math.inf in result.tolist() else result
+
+
+def _part_norms(values: Sequence[Tensor], order: float) -> list[Tensor]:
+    """Return the norms of float32 and float64 tensors: of large ones row by row, of all others in one call."""
+    rows = [order == 2 and v.numel() >= _LARGE and v.is_cpu and v.is_contiguous() for v in values]
+    if all(rows):
+        return [_norms_of_rows(v) for v in values]
+    others = iter(
+        torch._foreach_norm([v for v, by in zip(values, rows, strict=True) if not by], order)
+    )
+    return [
+        _norms_of_rows(v) if by_rows else next(others)
+        for v, by_rows in zip(values, rows, strict=True)
+    ]
+
+
+def _norms_of_rows(values: Tensor) -> Tensor:
+    flat = values.view(-1)
+    whole = flat.numel() // _ROW * _ROW
+    rows: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), 2, dim=1)
+    if whole == flat.numel():
+        return rows
+    return torch.cat([rows, torch.linalg.vector_norm(flat[whole:]).view(1)])
+
+
+def _stack(norms: Sequence[Tensor], home: torch.device) -> Tensor:
+    if len(norms) == 1 and norms[0].device == home:
+        return norms[0].view(1)
+    dtypes = {n.dtype for n in norms}
+    if len(dtypes) == 1 and home.type == "cpu":
+        return torch.stack(list(norms))
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return torch.stack([n.to(device=home, dtype=dtype) for n in norms])
 
 
 def _norm(values: Tensor, order: float) -> Tensor:
     if values.is_complex():
         values = torch.view_as_real(values) if order == 2 else values.abs()
-    if values.dtype in _EXACT:
+    if values.dtype in EXACT:
         return vector_norm(values, order)
     # Casting blocks that fit in the cache is many times faster than a norm that casts element by element.
     blocks = [vector_norm(block.float(), order) for block in values.reshape(-1).split(_BLOCK)]
@@ -265,49 +202,11 @@ def _norm_in_double(values: Tensor, order: float) -> Tensor:
 
 
 def _largest_magnitude(values: Tensor) -> Tensor:
+    dtype = torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
     if values.numel() == 0:
-        return torch.zeros((), device=values.device)
+        return torch.zeros((), device=values.device, dtype=dtype)
     if values.is_complex():
         return values.abs().max()
     # Several times faster than the infinity norm on a CPU, and NaN passes through it.
     low, high = torch.aminmax(values)
-    return torch.maximum(-low, high)
-
-
-def _is_double(values: Tensor) -> bool:
-    return values.dtype in (torch.float64, torch.complex128)
-
-
-def _reduce_over_shards(norms: Tensor, tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Combine the norms of local shards into norms of whole tensors: one collective a mesh dimension."""
-    if not any(isinstance(tensor, DTensor) for tensor in tensors):
-        return norms
-    norms = norms.clone()
-    for (mesh, dims), members in _sharded(tensors).items():
-        norms[members] = _reduce(norms[members], mesh, dims, order)
-    return norms
-
-
-def _reduce(norms: Tensor, mesh: DeviceMesh, dims: Iterable[int], order: float) -> Tensor:
-    """Return the norms of wholes from the norms of their parts along mesh dimensions."""
-    largest = order == math.inf
-    total = norms.clone() if largest else norms.double() ** order
-    operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
-    for dim in dims:
-        torch.distributed.all_reduce(total, operation, group=mesh.get_group(dim))
-    return (total if largest else total ** (1 / order)).to(norms.dtype)
-
-
-def _sharded(tensors: Sequence[Tensor]) -> dict[tuple[DeviceMesh, tuple[int, ...]], list[int]]:
-    """Group the indices of distributed tensors by the mesh dimensions that they are sharded over."""
-    found: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if isinstance(tensor, DTensor):
-            dims = tuple(
-                d
-                for d, placement in enumerate(tensor.placements)
-                if not isinstance(placement, Replicate)
-            )
-            if dims:
-                found.setdefault((tensor.device_mesh, dims), []).append(i)
-    return found
+    return torch.maximum(-low, high).to(dtype)

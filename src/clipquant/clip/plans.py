@@ -42,3 +42,20 @@ class Indicate:
     """Replace every element by 1 where its magnitude exceeds `threshold`, else by 0."""
 
     threshold: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What carrying out a plan came to.
+
+    Args:
+        clipped: Whether any gradient was changed.
+        finite: False where a gradient was found not to be finite, and left as it was.
+        before: Norm of each gradient before, where asked for.
+        after: Norm of each gradient after.
+    """
+
+    clipped: bool
+    finite: bool = True
+    before: Tensor | None = None
+    after: Tensor | None = None

@@ -10,8 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clipquant.clip.norms import Gradients, norms_by_group, unit_norms
+from clipquant.clip.checks import check_count, check_number
+from clipquant.clip.gradients import Gradients
+from clipquant.clip.norms import norms_by_group
 from clipquant.clip.plans import Clamp, Indicate, Scale, ScaleEach, ScaleUnits
+from clipquant.clip.unitwise import unit_coefficients, unit_norms
 
 State = dict[str, Tensor]
 
@@ -291,21 +294,6 @@ def norm_coefficient(norm: Tensor, limit: float | Tensor) -> Tensor:
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
-def unit_coefficients(grad_norms: Tensor, weight_norms: Tensor, plan: ScaleUnits) -> Tensor:
-    """Return the factor of each unit: `min(1, ratio * max(|w|, eps) / max(|g|, 1e-6))`.
-
-    Args:
-        grad_norms: Norm of each unit of the gradient.
-        weight_norms: Norm of each unit of the weight, same shape.
-        plan: Ratio and smallest weight norm.
-
-    Returns:
-        Factors in [0, 1], same shape.
-    """
-    largest = weight_norms.clamp(min=plan.eps) * plan.ratio
-    return (largest / grad_norms.clamp(min=1e-6)).clamp(max=1.0)
-
-
 def scale_each(coefficients: Tensor, params: Sequence[Tensor]) -> ScaleEach:
     """Return the plan that gives each parameter's gradient its coefficient, in the order of `params`."""
     return ScaleEach(dict(zip(map(id, params), coefficients.tolist(), strict=True)))
@@ -316,34 +304,3 @@ def scaled(grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
     if isinstance(plan, Scale):
         return grad * float(plan.coefficient)
     return grad * plan.coefficients[id(param)]
-
-
-def check_number(
-    rule: str,
-    name: str,
-    value: Any,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    hint: str,
-) -> None:
-    """Check that `value` is a number in range.
-
-    Raises:
-        ValueError: It is not; the message names the rule, the value and what to give instead.
-    """
-    bound = f">= {low:g}" if low is not None else f"> {above:g}"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and (value >= low if low is not None else value > above):
-        return
-    raise ValueError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
-
-
-def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
-    """Check that `value` is a whole number of at least `low`.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from clipquant.clip.norms import Gradients, local_values, reduce_any, unit_norms
-from clipquant.clip.plans import Clamp, Indicate, Scale, ScaleEach, ScaleUnits
-from clipquant.clip.rules import Rule, unit_coefficients
-
-_SMALL = (
-    1 << 12
-)  # elements; below, a call costs more than the copy that lets one call serve many tensors
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What carrying out a plan came to.
-
-    Args:
-        clipped: Whether any gradient was changed.
-        finite: False where a gradient was found not to be finite, and left as it was.
-    """
-
-    clipped: bool
-    finite: bool = True
+from clipquant.clip.elementwise import clamp_, indicate_
+from clipquant.clip.gradients import Gradients
+from clipquant.clip.norms import value_norms
+from clipquant.clip.plans import Clamp, Indicate, Outcome, Scale, ScaleEach, ScaleUnits
+from clipquant.clip.rules import Rule
+from clipquant.clip.shards import local_values, reduce_any, reduce_norms
+from clipquant.clip.unitwise import scale_units_
 
 
 def carry_out_(
-    rule: Rule, plan: Any, grads: Gradients, params: Sequence[Tensor], watch: bool = True
+    rule: Rule,
+    plan: Any,
+    grads: Gradients,
+    params: Sequence[Tensor],
+    *,
+    leave: bool = False,
+    tell: bool = True,
+    order: float | None = None,
 ) -> Outcome:
     """Write the clipped gradients over `grads`; a plan that changes nothing writes nothing.
 
@@ -43,7 +36,9 @@ def carry_out_(
         plan: What it decided.
         grads: The gradients, changed in place.
         params: Their parameters, in the same order.
-        watch: Whether the outcome matters. Without, a clamp is one pass and counts as having clipped.
+        leave: Gradients that are not finite need not be clipped, for the step is left out then; say whether all are.
+        tell: Whether the outcome matters. Without, a clamp is one pass and counts as having clipped.
+        order: Order of the norms to measure on the way; None for none.
 
     Returns:
         The outcome on all processes that share the gradients.
@@ -53,15 +48,14 @@ def carry_out_(
     if isinstance(plan, ScaleEach):
         return _scale_each_(grads, params, plan)
     if isinstance(plan, Clamp):
-        outcome = _clamp_(grads, plan) if watch else _clamp_unwatched_(grads, plan)
+        outcome = clamp_(grads.tensors, plan, leave, tell, order)
     elif isinstance(plan, ScaleUnits):
-        outcome = _scale_units_(grads, params, plan)
+        outcome = scale_units_(grads.tensors, params, plan)
     elif isinstance(plan, Indicate):
-        outcome = _indicate_(grads, plan)
+        outcome = indicate_(grads.tensors, plan, leave, order)
     else:
-        outcome = _map_(rule, plan, grads, params)
-    clipped, broken = reduce_any([outcome.clipped, not outcome.finite], grads)
-    return Outcome(clipped, not broken)
+        outcome = _map_(rule, plan, grads, params, leave, order)
+    return _on_all_processes(outcome, grads, order)
 
 
 def norms_after(plan: Any, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
@@ -105,48 +99,6 @@ def writable(grad: Tensor) -> Tensor:
     return grad.resolve_conj() if grad.is_complex() else grad
 
 
-def _clamp_unwatched_(grads: Gradients, plan: Clamp) -> Outcome:
-    low, high = -plan.limit, plan.limit
-    for values in _reals(grads):
-        values.clamp_(low, high)
-    return Outcome(clipped=True)
-
-
-def _clamp_(grads: Gradients, plan: Clamp) -> Outcome:
-    reals = [values for values in _reals(grads) if values.numel()]
-    small = [v for v in reals if v.numel() <= _SMALL and v.dtype is torch.float32]
-    outcome = _clamp_small_(small, plan.limit) if len(small) > 1 else Outcome(False)
-    clipped, finite = outcome.clipped, outcome.finite
-    for values in (
-        reals
-        if len(small) <= 1
-        else [v for v in reals if v.numel() > _SMALL or v.dtype is not torch.float32]
-    ):
-        largest = _largest(values)
-        if not math.isfinite(largest):
-            finite = False
-        elif largest > plan.limit:
-            values.clamp_(-plan.limit, plan.limit)
-            clipped = True
-    return Outcome(clipped, finite)
-
-
-def _clamp_small_(reals: list[Tensor], limit: float) -> Outcome:
-    largest = _largest(torch.cat([values.reshape(-1) for values in reals]))
-    if not math.isfinite(largest):
-        return Outcome(clipped=False, finite=False)
-    if largest > limit:
-        torch._foreach_clamp_min_(reals, -limit)
-        torch._foreach_clamp_max_(reals, limit)
-    return Outcome(clipped=largest > limit)
-
-
-def _largest(values: Tensor) -> float:
-    low, high = torch.aminmax(values)
-    # Through NaN the comparison fails, which gives NaN back.
-    return max(-low.item(), high.item()) if low.item() <= high.item() else math.nan
-
-
 def _scale_(grads: Gradients, plan: Scale) -> Outcome:
     coefficient = float(plan.coefficient)
     if coefficient == 1.0:
@@ -164,58 +116,38 @@ def _scale_each_(grads: Gradients, params: Sequence[Tensor], plan: ScaleEach) ->
     return Outcome(bool(clipped))
 
 
-def _scale_units_(grads: Gradients, params: Sequence[Tensor], plan: ScaleUnits) -> Outcome:
-    clipped = False
-    for grad, param in zip(grads, params, strict=True):
-        if grad.layout is torch.sparse_coo:
-            values, coefficients = _sparse_units(grad, param, plan)
-        else:
-            values = local_values(grad)
-            coefficients = unit_coefficients(unit_norms(grad), unit_norms(param.detach()), plan)
-        if values.numel() and bool((coefficients < 1).any()):
-            values.mul_(coefficients.to(values.dtype))
-            clipped = True
-    return Outcome(clipped)
-
-
-def _sparse_units(grad: Tensor, param: Tensor, plan: ScaleUnits) -> tuple[Tensor, Tensor]:
-    """Return the stored values of a sparse gradient and the coefficient of each: only rows that it holds are read."""
-    values = grad.values()
-    rows, entry = grad.indices()[0].unique(return_inverse=True)
-    squares = (
-        values.abs().float().flatten(1).square().sum(1)
-        if values.ndim > 1
-        else values.abs().float().square()
-    )
-    if grad.ndim == 1:
-        return values, unit_coefficients(squares.sum().sqrt(), unit_norms(param.detach()), plan)
-    norms = squares.new_zeros(len(rows)).index_add_(0, entry, squares).sqrt()
-    weights = unit_norms(param.detach().index_select(0, rows)).reshape(-1)
-    coefficients = unit_coefficients(norms, weights, plan)[entry]
-    return values, coefficients.reshape(-1, *[1] * (values.ndim - 1))
-
-
-def _indicate_(grads: Gradients, plan: Indicate) -> Outcome:
-    clipped = False
-    for grad in grads:
-        values = local_values(grad)
-        ones = ~(values.abs() <= plan.threshold)
-        clipped = clipped or bool((values != ones).any())
-        values.copy_(ones)
-    return Outcome(clipped)
-
-
-def _map_(rule: Rule, plan: Any, grads: Gradients, params: Sequence[Tensor]) -> Outcome:
+def _map_(
+    rule: Rule,
+    plan: Any,
+    grads: Gradients,
+    params: Sequence[Tensor],
+    leave: bool,
+    order: float | None,
+) -> Outcome:
+    """Write what the rule's own `clip` returns."""
+    before = _local_norms(grads, order) if leave or order is not None else None
+    finite = before is None or all(map(math.isfinite, before.tolist()))
+    if leave and not finite:
+        return Outcome(False, False, before, before)
     clipped = False
     for grad, param in zip(grads, params, strict=True):
         result = rule.clip(grad, param, plan)
         if result is not grad:
-            clipped = clipped or not torch.equal(result, grad)
+            clipped = clipped or not torch.equal(local_values(result), local_values(grad))
             grad.copy_(result)
-    return Outcome(clipped)
+    after = _local_norms(grads, order) if clipped and before is not None else before
+    return Outcome(clipped, True, before, after)
 
 
-def _reals(grads: Gradients) -> list[Tensor]:
-    """Return the stored values, complex ones as pairs of reals."""
-    values = [local_values(grad) for grad in grads]
-    return [torch.view_as_real(v) if v.is_complex() else v for v in values]
+def _local_norms(grads: Gradients, order: float | None) -> Tensor:
+    return value_norms([local_values(grad) for grad in grads], order or 2.0)
+
+
+def _on_all_processes(outcome: Outcome, grads: Gradients, order: float | None) -> Outcome:
+    """Return the outcome on all processes, its norms without the factor that the gradients still carry."""
+    clipped, broken = reduce_any([outcome.clipped, not outcome.finite], grads)
+    norms = [
+        None if n is None else reduce_norms(n, grads.tensors, order or 2.0) / grads.loss_scale
+        for n in (outcome.before, outcome.after)
+    ]
+    return Outcome(clipped, not broken, *norms)

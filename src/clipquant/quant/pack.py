@@ -88,14 +88,15 @@ def _row_bytes(bits: Tensor, columns: int) -> Tensor:
 
 
 def _pack_dense(codes: Tensor, bits: int) -> Tensor:
-    """Pack a flat run of codes: the eight in a word move together until they fill `bits` bytes."""
+    """Pack a flat run of codes: those in a word move together until they fill whole bytes."""
     numel = codes.numel()
-    words = torch.nn.functional.pad(codes, (0, -numel % 8)).view(torch.int64)
-    for lane in (8, 16, 32):
+    per_word, dtype = _word(bits)
+    words = torch.nn.functional.pad(codes, (0, -numel % 8)).view(dtype)
+    for lane in _lanes(per_word):
         taken = bits * lane // 8
-        low, high = _mask(taken, 2 * lane), _mask(taken, 2 * lane, taken)
+        low, high = (_mask(taken, 2 * lane, at, per_word) for at in (0, taken))
         words = (words & low).bitwise_or_((words >> (lane - taken)).bitwise_and_(high))
-    used = words.view(torch.uint8).reshape(-1, 8)[:, :bits]
+    used = words.view(torch.uint8).reshape(-1, per_word)[:, : per_word * bits // 8]
     return used.reshape(-1)[: (numel * bits + 7) // 8]
 
 
@@ -104,26 +105,35 @@ def _unpack_dense(data: Tensor, bits: int) -> Tensor:
 
     In shapes that depend on no value, so that a graph can hold it.
     """
-    words = _words(torch.nn.functional.pad(data, (0, -data.numel() % bits)), bits)
-    for lane in (32, 16, 8):
+    per_word, dtype = _word(bits)
+    if per_word < 8 or bits == 1:
+        words = data.to(dtype)
+    else:
+        used = torch.nn.functional.pad(data, (0, -data.numel() % bits)).reshape(-1, bits)
+        words = torch.nn.functional.pad(used, (0, 8 - bits)).view(dtype)[:, 0]
+    for lane in reversed(_lanes(per_word)):
         taken = bits * lane // 8
-        low, high = _mask(taken, 2 * lane), _mask(taken, 2 * lane, lane)
+        low, high = (_mask(taken, 2 * lane, at, per_word) for at in (0, lane))
         words = (words & low).bitwise_or_((words << (lane - taken)).bitwise_and_(high))
     return words.view(torch.uint8)
 
 
-def _words(data: Tensor, size: int) -> Tensor:
-    """Return each `size` bytes as the low ones of an int64; the others may hold anything."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(size)
-    if whole is not None:
-        return data.view(whole).to(torch.int64)
-    return torch.nn.functional.pad(data.reshape(-1, size), (0, 8 - size)).view(torch.int64)[:, 0]
+def _word(bits: int) -> tuple[int, torch.dtype]:
+    """Return the fewest codes that fill whole bytes, and the dtype in which each takes a byte."""
+    return {1: (8, torch.int64), 2: (4, torch.int32), 4: (2, torch.int16)}.get(
+        bits, (8, torch.int64)
+    )
 
 
-def _mask(width: int, lane: int, shift: int = 0) -> int:
-    """Return a word with `width` bits set in each lane, `shift` above its lowest; signed."""
-    word = sum(((1 << width) - 1) << (start + shift) for start in range(0, 64, lane))
-    return word - (1 << 64) if word >> 63 else word
+def _lanes(per_word: int) -> tuple[int, ...]:
+    """Return the widths in bits of the halves that move together, the narrowest first."""
+    return tuple(lane for lane in (8, 16, 32) if lane < 8 * per_word)
+
+
+def _mask(width: int, lane: int, shift: int, size: int) -> int:
+    """Return a signed word of `size` bytes with `width` bits set in each lane, `shift` above its lowest."""
+    word = sum(((1 << width) - 1) << (start + shift) for start in range(0, 8 * size, lane))
+    return word - (1 << 8 * size) if word >> (8 * size - 1) else word
 
 
 def _pack_rows(codes: Tensor, bits: Tensor) -> Tensor:

@@ -1,0 +1,272 @@
+"""What clipping costs beside torch, timm and Composer: the table in README's section on gradient clipping.
+
+Usage: python benchmarks/clip.py [--only value norm step agc fit]. Every row is one interleaved run: all contenders
+start from the same gradients in every round, their order is shuffled, and the medians are compared.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import logging
+import random
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from clipquant import GradientClipCallback, TwoConvNet, clip_gradients_
+from clipquant.clip import AGC, Norm, Value
+from clipquant.clip.apply import clip_assigned_
+from clipquant.clip.assign import assign
+from clipquant.clip.fold import fold_, unfold_
+
+ROUNDS = {"20 k": 400, "11 M": 31, "29 M": 15}
+
+
+class Block(nn.Module):
+    """The weights of a residual block of ResNet-18, in the order of its gradients."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        if inputs != outputs:
+            self.down = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+
+def models():
+    """Return modules of 20 thousand, 11 million (ResNet-18) and 29 million parameters (a transformer)."""
+    small = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.Conv2d(16, 32, 3), nn.Linear(448, 32), nn.Linear(32, 10)
+    )
+    widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+    stem = [nn.Conv2d(3, 64, 7, bias=False), nn.BatchNorm2d(64)]
+    blocks = [Block(a, b) for a, b in itertools.pairwise(widths)]
+    resnet = nn.Sequential(*stem, *blocks, nn.Linear(512, 1000))
+    layer = nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True)
+    transformer = nn.TransformerEncoder(layer, 9, enable_nested_tensor=False)
+    return {
+        "20 k": small,
+        "11 M": resnet,
+        "29 M": nn.Sequential(nn.Embedding(1000, 512), transformer),
+    }
+
+
+def with_gradients(model, scale):
+    """Give every parameter a gradient of normal numbers and return both."""
+    params = list(model.parameters())
+    gradients = [scale * torch.randn_like(p) for p in params]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    return params, gradients
+
+
+def medians(contenders, before, rounds):
+    """Return the median milliseconds of each contender; `before()` restores the gradients, untimed."""
+    times = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds + 2):
+        random.shuffle(names)
+        for name in names:
+            before()
+            start = time.perf_counter()
+            contenders[name]()
+            if number >= 2:  # the first rounds warm up
+                times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def as_callback(params, rule, measure=True):
+    """Return what GradientClipCallback runs in every step, with its own defaults."""
+    assignment = assign(params, rule)
+    return lambda: clip_assigned_(assignment, on_nonfinite="skip", measure=measure)
+
+
+def compare(what, model, scale, contenders, size):
+    """Print one row for each of ours: `contenders(params)` gives theirs first, then ours by name."""
+    params, gradients = with_gradients(model, scale)
+
+    def restore():
+        for param, gradient in zip(params, gradients, strict=True):
+            if param.grad is None:
+                raise RuntimeError("a step was skipped")
+            param.grad.copy_(gradient)
+
+    found = medians(contenders(params), restore, ROUNDS[size])
+    report(what, size, found)
+    return found
+
+
+def report(what, size, found):
+    (peer, theirs), *ours = found.items()
+    for name, milliseconds in ours:
+        ratio = f"{milliseconds / theirs:.2f}"
+        print(
+            f"| {what}, {size} | {peer} {theirs:.3g} ms | {name} {milliseconds:.3g} ms | {ratio} |"
+        )
+
+
+def value(size, model):
+    def contenders(limit):
+        return lambda params: {
+            "clip_grad_value_": lambda: nn.utils.clip_grad_value_(params, limit),
+            "`clip_gradients_`": lambda: clip_gradients_(params, Value(limit)),
+            "callback, log=False": as_callback(params, Value(limit), measure=False),
+            "callback": as_callback(params, Value(limit)),
+        }
+
+    compare("value, nothing beyond the limit", model, 0.01, contenders(1.0), size)
+    compare("value, every tensor clipped", model, 1.0, contenders(1.0), size)
+
+
+def norm(size, model):
+    def contenders(limit):
+        return lambda params: {
+            "clip_grad_norm_": lambda: nn.utils.clip_grad_norm_(params, limit),
+            "callback": as_callback(params, Norm(limit)),
+        }
+
+    compare("norm, nothing to clip", model, 0.01, contenders(1e4), size)
+    compare("norm, clipping", model, 1.0, contenders(1.0), size)
+
+
+def step(size, model):
+    def contenders(params):
+        theirs, ours = (torch.optim.AdamW(params, lr=1e-6, fused=True) for _ in range(2))
+        assignment = assign(params, Norm(1.0))
+
+        def peer():
+            nn.utils.clip_grad_norm_(params, 1.0)
+            theirs.step()
+
+        def folded():
+            record = clip_assigned_(assignment, on_nonfinite="skip", measure=True, defer=True)
+            fold_(ours, record.deferred, torch.device("cpu"))
+            ours.step()
+            unfold_(ours)
+
+        return {"clip_grad_norm_ + step": peer, "callback + step": folded}
+
+    compare("norm and fused AdamW step, clipping", model, 1.0, contenders, size)
+
+
+def timm_agc():
+    """Return timm's function, from its one file: the package imports torchvision."""
+    found = importlib.util.find_spec("timm")
+    if found is None or found.origin is None:
+        raise SystemExit("timm is not installed: pip install --no-deps timm")
+    spec = importlib.util.spec_from_file_location(
+        "timm_agc", Path(found.origin).parent / "utils" / "agc.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.adaptive_clip_grad
+
+
+def composer_agc(params, ratio=0.01, eps=1e-3):
+    """Clip tensor by tensor in the way of Composer: norms of both, a coefficient that is 1 within, one multiply."""
+
+    def unit_norm(tensor):
+        if tensor.ndim < 2:
+            return torch.linalg.vector_norm(tensor)
+        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+
+    for param in params:
+        largest = unit_norm(param.detach()).clamp_(min=eps).mul_(ratio)
+        coefficient = largest.div_(unit_norm(param.grad)).nan_to_num_(nan=1.0).clamp_(max=1.0)
+        param.grad.detach().mul_(coefficient)
+
+
+def agc(size, model):
+    timm = timm_agc()
+
+    def contenders(params):
+        return {
+            "Composer-style": lambda: composer_agc(params),
+            "timm": lambda: timm(params, clip_factor=0.01),
+            "callback": as_callback(params, AGC(0.01)),
+        }
+
+    compare("AGC, nothing beyond the ratio", model, 1e-6, contenders, size)
+    compare("AGC, every unit clipped", model, 1.0, contenders, size)
+
+
+class Clock(pl.Callback):
+    """Seconds between the ends of training batches."""
+
+    def __init__(self):
+        self.seconds, self.last = [], None
+
+    def on_train_batch_end(self, *_):
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+
+def fit_seconds(batch, steps, rule, folder):
+    """Return the seconds of each step of a fit of TwoConvNet."""
+    torch.manual_seed(0)
+    clock = Clock()
+    images, labels = torch.randn(batch * steps, 1, 28, 28), torch.randint(0, 10, (batch * steps,))
+    data = torch.utils.data.TensorDataset(images, labels)
+    callbacks = [clock] if rule is None else [GradientClipCallback(rule), clock]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        log_every_n_steps=10,
+        logger=CSVLogger(folder),
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(TwoConvNet(lr=1e-3), torch.utils.data.DataLoader(data, batch))
+    return clock.seconds[5:]
+
+
+def fit(folder="benchmark_logs"):
+    for batch, steps, runs in ((1, 105, 6), (64, 20, 6)):
+        times = {"Trainer.fit": [], "with Value(1.0)": [], "with Norm(1.0)": []}
+        rules = dict(zip(times, (None, Value(1.0), Norm(1.0)), strict=True))
+        for _ in range(runs):
+            names = list(times)
+            random.shuffle(names)
+            for name in names:
+                times[name] += fit_seconds(batch, steps, rules[name], folder)
+        found = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+        report(f"a step of fit, TwoConvNet, batch {batch}", "logged", found)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=["value", "norm", "step", "agc", "fit"])
+    parser.add_argument("--sizes", nargs="+", choices=list(ROUNDS), default=list(ROUNDS))
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print("| what | peer | clipquant | ratio |\n|---|---:|---:|---:|")
+    for question in (value, norm, step, agc):
+        if args.only is None or question.__name__ in args.only:
+            for size, model in models().items():
+                if size in args.sizes:
+                    question(size, model)
+    if args.only is None or "fit" in args.only:
+        fit()
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    main()

@@ -1,0 +1,51 @@
+"""What a rule's arguments are checked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_number(
+    rule: str,
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    hint: str,
+) -> None:
+    """Check that `value` is a number in range.
+
+    Raises:
+        ValueError: It is not; the message names the rule, the value and what to give instead.
+    """
+    bound = f">= {low:g}" if low is not None else f"> {above:g}"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (value >= low if low is not None else value > above):
+        return
+    raise ValueError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
+
+
+def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
+    """Check that `value` is a whole number of at least `low`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")
+
+
+def check_share(rule: str, name: str, value: float) -> None:
+    """Check that `value` is a number in [0, 1).
+
+    Raises:
+        ValueError: It is not.
+    """
+    check_number(
+        rule, name, value, low=0.0, hint="the share that stays from step to step, e.g. 0.97"
+    )
+    if value >= 1:
+        raise ValueError(
+            f"{rule}: {name} must be below 1, got {value!r}: with 1 the statistics would never move"
+        )
