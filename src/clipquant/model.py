@@ -39,6 +39,7 @@ from clipquant.quant.sensitivity import output_divergence, squared_gradients
 from clipquant.quant.spec import Granularity, QuantSpec
 from clipquant.report.files import environment
 from clipquant.report.layers import bits_per_weight, layer_records
+from clipquant.report.progress import progress_bar
 from clipquant.report.record import QuantizationReport
 from clipquant.report.stored import describe
 
@@ -117,7 +118,7 @@ def quantize(
     data: Iterable[Any] | None = None,
     calibration_batches: int = 16,
     forward: Forward = call_model,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     score: Callable[[nn.Module], float] | None = None,
 ) -> QuantizedModel:
     """Return `model` quantized; `model` itself is never touched.
@@ -129,8 +130,8 @@ def quantize(
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range;
-            "gptq", codes that keep the layers' outputs on `data`; "auto", the best of
-            them for the width and the data.
+            "gptq", codes that keep the layers' outputs on `data`; "adaround", codes learned until the
+            network's outputs are kept; "auto", the best of the quick ones for the width and the data.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights.
@@ -141,7 +142,8 @@ def quantize(
             arguments; those beyond what `forward` takes are left out) or of dicts (keywords).
         calibration_batches: How many batches of `data` to use; 0: data-free.
         forward: Runs a copy of the model on a batch, where calling it is not enough.
-        progress: Told the weight's name, the steps done and the steps in all, before each step.
+        progress: Whether a bar shows the weight at work and the time left of what takes longer than 2 s;
+            or what is told the weight's name, the steps done and the steps in all, before each step.
         score: Returns a figure of merit of a model, higher is better.
 
     Returns:
@@ -166,27 +168,28 @@ def quantize(
         )
         judged = None if score is None else _judge_of(model, score)
         before = {} if score is None else {"score": float(score(model))}
-        seen = Seen(fisher, batches, forward, progress)
-        found = quantize_auto(model, goal, seen, before, judged)
+        with progress_bar(progress) as tell:
+            found = quantize_auto(model, goal, Seen(fisher, batches, forward, tell), before, judged)
         return found.reported(calibration=f"{len(batches)} batches of the data given")
     if max_drop is not None or max_size is not None:
         raise ValueError(
             f"max_drop and max_size need bits='auto', which chooses the bits by them; got bits={bits!r}."
         )
-    weights = quantize_weights(
-        model,
-        bits,
-        levels=levels,
-        symmetric=symmetric,
-        granularity=granularity,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-        method=method,
-        batches=None if data is None else calibration_data(data, calibration_batches),
-        forward=forward,
-        progress=progress,
-    )
+    with progress_bar(progress) as tell:
+        weights = quantize_weights(
+            model,
+            bits,
+            levels=levels,
+            symmetric=symmetric,
+            granularity=granularity,
+            include=include,
+            exclude=exclude,
+            overrides=overrides,
+            method=method,
+            batches=None if data is None else calibration_data(data, calibration_batches),
+            forward=forward,
+            progress=tell,
+        )
     quantized = QuantizedModel(weights, make_report(weights, model))
     if score is None:
         return quantized

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipquant.clip import AGC, Gradients, Indicator, Norm, Rule, Value, clip_gradients_
+from clipquant.clip import AGC, Indicator, Norm, Rule, Value, clip_gradients_
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=3), min_size=1, max_size=5)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -229,28 +229,3 @@ def test_a_rule_of_ones_own_needs_three_methods_and_no_base_class() -> None:
     assert torch.equal(param.grad, signs * 0.05)
     assert record.clipped
     assert isinstance(SignRule(), Rule)
-
-
-@given(SHAPES, SEEDS, st.sampled_from(["value", "norm", "tensor", "group", "agc", "indicator"]))
-def test_what_is_written_is_what_clip_returns(
-    shapes: list[list[int]], seed: int, kind: str
-) -> None:
-    rule: Any = {
-        "value": Value(0.3),
-        "norm": Norm(0.3),
-        "tensor": Norm(0.3, scope="tensor"),
-        "group": Norm(0.3, math.inf, scope="group"),
-        "agc": AGC(0.1),
-        "indicator": Indicator(0.3),
-    }[kind]
-    params = parameters(shapes, seed)
-    grads = Gradients(gradients(params))
-    plan, _ = rule.plan(grads, params, rule.init())
-    expected = [rule.clip(g, p, plan) for g, p in zip(grads, params, strict=True)]
-    before = gradients(params)
-    assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True)), (
-        "a plan changes nothing"
-    )
-    clip_gradients_(params, rule, on_nonfinite="skip", measure=True)
-    for param, e in zip(params, expected, strict=True):
-        torch.testing.assert_close(param.grad, e.detach(), rtol=1e-7, atol=0)

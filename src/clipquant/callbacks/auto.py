@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +21,7 @@ from clipquant.model import AutoBits, QuantizedModel, Seen, quantize_auto
 from clipquant.quant.layers import select
 from clipquant.quant.model import QuantizedWeights
 from clipquant.quant.sensitivity import output_divergence, squared_gradients
+from clipquant.report.progress import progress_bar
 
 
 def choose_bits(
@@ -49,36 +50,33 @@ def choose_bits(
         torch.manual_seed(0)
         fisher = squared_gradients(module, targets, _training_batches(trainer, batches), loss)
     module.zero_grad(set_to_none=True)
-    data = calibration_batches(trainer, batches)
-    seen = Seen(fisher, data, step_forward(trainer, module), _tell)
-    judged: list[dict[str, float]] = []
+    data, forward = calibration_batches(trainer, batches), step_forward(trainer, module)
+    trials = count(1)
 
     def measure(weights: QuantizedWeights) -> Mapping[str, float]:
-        judged.append(judge(trainer, module, weights.state_dict()))
-        value = judged[-1].get(goal.monitor)
-        rank_zero_info(f"Budget search, trial {len(judged)}: {goal.monitor} = {value}")
-        return judged[-1]
+        metrics = judge(trainer, module, weights.state_dict())
+        value = metrics.get(goal.monitor)
+        rank_zero_info(f"Budget search, trial {next(trials)}: {goal.monitor} = {value}")
+        return metrics
 
-    quantized = quantize_auto(module, goal, seen, before, measure if before else None)
+    with progress_bar(trainer.progress_bar_callback is not None) as tell:
+        seen = Seen(fisher, data, forward, tell)
+        quantized = quantize_auto(module, goal, seen, before, measure if before else None)
     said = f"{batches} batches of the train dataloader, by the {loss.what}"
     return quantized.reported(calibration=said)
 
 
-def _tell(name: str, done: int, total: int) -> None:
-    rank_zero_info(f"Codes at every width: {name} ({done + 1} of {total})")
-
-
-def _training_batches(trainer: pl.Trainer, count: int) -> list[Any]:
+def _training_batches(trainer: pl.Trainer, most: int) -> list[Any]:
     """Return the first batches that `training_step` would get.
 
     Raises:
         ValueError: If there is none, or none is asked for.
     """
-    batches = list(islice(train_batches(trainer, "max_size_cycle"), count))
+    batches = list(islice(train_batches(trainer, "max_size_cycle"), most))
     if not batches:
         raise ValueError(
             "bits='auto' estimates from training batches how much each row matters; got "
-            f"calibration_batches={count} and no batch. Set calibration_batches to 1 or more, and "
+            f"calibration_batches={most} and no batch. Set calibration_batches to 1 or more, and "
             "give the Trainer training data."
         )
     return batches

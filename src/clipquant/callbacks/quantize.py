@@ -53,7 +53,8 @@ class QuantizeOnFitEnd(pl.Callback):
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range; "gptq",
-            codes that keep the layers' outputs on train batches; "auto", the best for the width.
+            codes that keep the layers' outputs on train batches; "adaround", codes learned until the
+            network's outputs are kept; "auto", the best of the quick ones for the width.
         calibration_batches: How many batches of the train dataloader calibrate; 0: data-free.
         max_drop: Most that the monitored metric may lose, in its own units; needs bits="auto".
         max_size: Most bytes of the file: a number, a fraction of the fp32 size, or "300kB"; needs
@@ -91,7 +92,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         levels: int | None = None,
         symmetric: bool | None = None,
         granularity: Literal["tensor", "channel"] | int = "channel",
-        method: Literal["auto", "rtn", "mse", "hqq", "gptq"] = "auto",
+        method: Literal["auto", "rtn", "mse", "hqq", "gptq", "adaround"] = "auto",
         calibration_batches: int = 16,
         max_drop: float | None = None,
         max_size: int | float | str | None = None,  # noqa: PYI041 - an int is bytes, a float a share
@@ -250,6 +251,7 @@ bits='auto' with max_drop or max_size to have it chosen.
             data=data,
             calibration_batches=self.calibration_batches,
             forward=step_forward(trainer, module),
+            progress=trainer.progress_bar_callback is not None,
         )
         if data is None:
             return quantized

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipquant.quant.allocate import WIDTHS, Choices, Frontier, frontier
-from clipquant.quant.calibrate import bias_of, is_lookup
+from clipquant.quant.calibrate import Progress, bias_of, is_lookup
 from clipquant.quant.grid import Grid, from_codes
 from clipquant.quant.layers import Selection, Target
 from clipquant.quant.model import QuantizedWeights, rest_of
@@ -18,8 +18,6 @@ from clipquant.quant.observe import HESSIAN_LIMIT, Forward, Moments, call_model,
 from clipquant.quant.row_gptq import solve_rows
 from clipquant.quant.row_ranges import nearest_rows
 from clipquant.quant.row_table import RowTable
-
-Progress: TypeAlias = Callable[[str, int, int], None]  # weight's name, steps done, steps in all
 
 
 @dataclass(frozen=True)
