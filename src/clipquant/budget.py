@@ -249,7 +249,7 @@ class _Search:
 
     def _try(self, bits: Mapping[str, Tensor], what: str = "rows") -> int:
         """Measure an allocation; return its index."""
-        weights = self.found.weights(bits)
+        weights = self.found.settled(self.found.weights(bits))
         metrics = {} if self.judge is None else self.judge(weights)
         trial = Trial(self.size_of(weights), metrics.get(self.goal.monitor), what)
         self.tried.append((Outcome(weights, bits, metrics, Budget()), trial))
