@@ -104,6 +104,33 @@ def size_in_bytes(max_size: object, float_bytes: int) -> int:
     )
 
 
+def refuse_below(max_size: int, smallest: int) -> None:
+    """Raise for a size budget below the smallest possible file.
+
+    >>> refuse_below(100, 5_300)
+    Traceback (most recent call last):
+    ...
+    clipquant.budget.BudgetError: max_size=100 bytes is below the smallest possible file, 5,300 bytes with 0 bits for \
+every row (scales, tensors left in float and metadata remain). Ask for more, or quantize more of the model.
+    """
+    if max_size < smallest:
+        raise BudgetError(
+            f"max_size={max_size:,} bytes is below the smallest possible file, {smallest:,} bytes with 0 "
+            "bits for every row (scales, tensors left in float and metadata remain). Ask for more, or "
+            "quantize more of the model."
+        )
+
+
+def spare_bytes(weights: int, metrics: Metrics) -> int:
+    """Return the bytes to leave in a file for what it will say of the search and its outcome.
+
+    Args:
+        weights: How many are quantized.
+        metrics: Those of the float model.
+    """
+    return 1000 + 10 * weights + 3 * len(str(dict(metrics)))
+
+
 def meet(
     goal: Goal,
     found: Allocator,
@@ -155,12 +182,8 @@ class _Search:
     def run(self) -> Outcome:
         """Search as the goal says, and mark what is chosen."""
         goal = self.goal
-        if goal.max_size is not None and goal.max_size < self.smallest:
-            raise BudgetError(
-                f"max_size={goal.max_size:,} bytes is below the smallest possible file, "
-                f"{self.smallest:,} bytes with 0 bits for every row (scales, tensors left in float and "
-                "metadata remain). Ask for more, or quantize more of the model."
-            )
+        if goal.max_size is not None:
+            refuse_below(goal.max_size, self.smallest)
         if goal.max_drop is None:
             return self._chosen(self._fill(), "")
         if goal.max_size is not None:

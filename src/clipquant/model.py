@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.artifact import load_state, read_artifact, save_artifact, serialized_size
-from clipquant.budget import Goal, check_budget, meet, missed_size, size_in_bytes
+from clipquant.budget import (
+    Goal,
+    check_budget,
+    meet,
+    missed_size,
+    refuse_below,
+    size_in_bytes,
+    spare_bytes,
+)
 from clipquant.export.compressed_tensors import PackQuantized, to_pack_quantized
-from clipquant.quant.auto import allocator
+from clipquant.quant.auto import allocator, smallest_weights
 from clipquant.quant.calibrate import Progress
 from clipquant.quant.layers import Globs, Target, select
 from clipquant.quant.model import (
@@ -245,9 +253,8 @@ def quantize_auto(
     selection = select(model, goal.include, goal.exclude)
     check_finite(selection.targets)
     fixed = _given_widths(selection.targets, goal.overrides)
-    size = goal.granularity if isinstance(goal.granularity, int) else None
     found = allocator(
-        model, selection, seen.fisher, seen.batches, forward=seen.forward, group_size=size,
+        model, selection, seen.fisher, seen.batches, forward=seen.forward, group_size=_group_size(goal),
         fixed=fixed, progress=seen.progress,
     )  # fmt: skip
     base = replace(
@@ -257,8 +264,7 @@ def quantize_auto(
         mode=goal.mode,
     )
     most = None if goal.max_size is None else size_in_bytes(goal.max_size, base.float_bytes)
-    # What the file will say of the search and its outcome, once they are known.
-    spare = 1000 + 10 * len(seen.fisher) + 3 * len(str(dict(before)))
+    spare = spare_bytes(len(seen.fisher), before)
 
     def size_of(weights: QuantizedWeights) -> int:
         return serialized_size(weights, describe(base))
@@ -275,6 +281,30 @@ def quantize_auto(
     )
     failure = outcome.budget.failure or missed_size(asked, made.report.size_bytes)
     return made.reported(budget=replace(outcome.budget, failure=failure))
+
+
+def check_smallest(model: nn.Module, goal: AutoBits) -> None:
+    """Raise for a size budget below what the model's shapes alone take, before anything is computed.
+
+    Args:
+        model: Any module, trained or not.
+        goal: What is asked.
+
+    Raises:
+        BudgetError: Naming the smallest possible file.
+    """
+    selection = select(model, goal.include, goal.exclude)
+    fixed = _given_widths(selection.targets, goal.overrides)
+    if goal.max_size is None:
+        return
+    weights = smallest_weights(model, selection, group_size=_group_size(goal), fixed=fixed)
+    report = make_report(weights, model)
+    smallest = report.size_bytes + spare_bytes(len(selection.targets), {})
+    refuse_below(size_in_bytes(goal.max_size, report.float_bytes), smallest)
+
+
+def _group_size(goal: AutoBits) -> int | None:
+    return goal.granularity if isinstance(goal.granularity, int) else None
 
 
 def check_auto(

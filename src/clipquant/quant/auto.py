@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipquant.quant.allocate import WIDTHS, Choices, Frontier, frontier
-from clipquant.quant.calibrate import bias_of, is_lookup
-from clipquant.quant.grid import from_codes
+from clipquant.quant.calibrate import Progress, bias_of, is_lookup
+from clipquant.quant.grid import Grid, from_codes
 from clipquant.quant.layers import Selection, Target
 from clipquant.quant.model import QuantizedWeights, rest_of
 from clipquant.quant.observe import HESSIAN_LIMIT, Forward, Moments, call_model, observe, twin
 from clipquant.quant.row_gptq import solve_rows
 from clipquant.quant.row_ranges import nearest_rows
 from clipquant.quant.row_table import RowTable
-
-Progress: TypeAlias = Callable[[str, int, int], None]  # weight's name, steps done, steps in all
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,37 @@ def allocator(
                 biases[name] = bias
         choices[name] = Choices(target.layout.columns, losses, widths)
     return Allocator(model, selection, tables, biases, frontier(choices), notes)
+
+
+def smallest_weights(
+    model: nn.Module,
+    selection: Selection,
+    *,
+    group_size: int | None = None,
+    fixed: Mapping[str, int] | None = None,
+) -> QuantizedWeights:
+    """Return weights that take as few bytes as any allocation can, known from the shapes alone.
+
+    Every row is a constant, zero, but for weights whose width is given.
+
+    Args:
+        model: The float model.
+        selection: What of it is quantized.
+        group_size: Weights of a row that share a scale. None: the whole row.
+        fixed: Name of a weight -> its width, where it is given.
+    """
+    tensors = {}
+    for target in selection.targets:
+        layout, width = target.layout, (fixed or {}).get(target.name, 0)
+        size = min(group_size or layout.columns, layout.columns)
+        codes = torch.zeros(layout.rows, layout.columns, dtype=torch.uint8)
+        scale = torch.zeros(layout.rows, -(-layout.columns // size), dtype=torch.float16)
+        bits = torch.full((layout.rows,), width, dtype=torch.uint8)
+        levels = (2 ** bits.long() - 1).unsqueeze(1)
+        grid = Grid(scale, torch.full_like(scale, -1.0), levels, size)
+        tensors[target.name] = from_codes(codes, grid, bits, layout, target.weight.dtype, "gptq")
+    floats = rest_of(model, tensors, selection.aliases)
+    return QuantizedWeights(tensors, floats, selection.aliases, selection.left)
 
 
 def output_curvature(fisher: Tensor, moments: Moments) -> Tensor:
