@@ -109,23 +109,24 @@ def by_hqq(model, bits, _calibration, axis):
 def by_auto_round(model, bits, calibration):
     """Tune and round the model's transformer blocks; what stands outside of them stays in float, as it does there.
 
-    It stacks samples, so they are padded to one length. A layer that is run several times is tuned on the inputs of
-    its first run: the library stops the model there.
+    It stacks samples of one length alone; so one at a time, and the gradients of eight are added. A layer that is run
+    several times is tuned on the inputs of its first run: the library stops the model there.
     """
     from auto_round import AutoRound
 
     guest = copy.deepcopy(model)
     tuner = AutoRound(
         guest,
-        tokenizer=None,
+        tokenizer=Tokens(),
         bits=bits,
         group_size=GROUP,
         sym=bits == 8,  # its file has no asymmetric 8 bit
         iters=TUNED,
         nsamples=sum(len(batch["input_ids"]) for batch in calibration),
-        batch_size=8,
+        batch_size=1,
+        gradient_accumulate_steps=8,
         seqlen=1,  # the shortest sample that it does not leave out
-        dataset=padded(calibration),
+        dataset=single_rows(calibration),
         device_map="cpu",
         amp=False,
     )
@@ -139,16 +140,23 @@ def by_auto_round(model, bits, calibration):
     return Peer(with_weights(model, tuned), size)
 
 
-def padded(calibration):
-    """Return the batches at one length, one more than the longest: then none is without a mask."""
-    length = 1 + max(batch["input_ids"].shape[1] for batch in calibration)
-    return [
-        {
-            key: nn.functional.pad(value, (0, length - value.shape[1]))
-            for key, value in batch.items()
-        }
-        for batch in calibration
-    ]
+class Tokens:
+    """What auto-round asks of a tokenizer where the data is tokens already."""
+
+    pad_token_id = 0
+
+    def save_pretrained(self, _folder):
+        """Write nothing: the file is the weights."""
+
+
+def single_rows(calibration):
+    """Return the rows of all batches, each alone and without padding, but for one token: the library needs a mask."""
+    rows = []
+    for batch in calibration:
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            alone = {key: value[row : row + 1, :length] for key, value in batch.items()}
+            rows.append({key: nn.functional.pad(value, (0, 1)) for key, value in alone.items()})
+    return rows
 
 
 PEERS = {

@@ -219,6 +219,25 @@ def table(results):
     return "\n".join(rows)
 
 
+def pivot(results, network):
+    """Return the network's results in short: a row for each quantizer, a column for each width."""
+    mine = {(r.who, r.bits): r for r in results.values() if r.network == network}
+    bits = sorted({b for _, b in mine} - {32}, reverse=True)
+    base = mine[FLOAT, 32]
+    heads = " | ".join(f"{b} bits" for b in bits)
+    rows = [
+        f"| {network}, float {base.quality:.2%}, {base.size_bytes / 1e3:,.0f} kB | {heads} |",
+        f"|---|{'---:|' * len(bits)}",
+    ]
+    for who in [*OURS, *PEERS]:
+        found = [mine.get((who, b)) for b in bits]
+        if any(found):
+            cells = [f"{r.quality:.2%}, {r.size_bytes / 1e3:,.0f} kB" if r else "" for r in found]
+            name = next(r.label for r in found if r)
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def missing(bits):
     """Say which widths the peers do not have."""
     lacking = {who: [str(b) for b in bits if b not in WIDTHS[who]] for who in PEERS}
@@ -267,7 +286,10 @@ def main():
     if args.who:
         run(args, results)
     results |= kept(args.append)
-    print(f"\n{table(results)}\n\n{missing(args.bits)}")
+    print(f"\n{table(results)}")
+    for network in [n for n in NETWORKS if (n, 32, FLOAT) in results]:
+        print(f"\n{pivot(results, network)}")
+    print(f"\n{missing(args.bits)}")
     if args.plot:
         from quality_plot import draw
 
