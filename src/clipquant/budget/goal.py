@@ -91,7 +91,8 @@ def refuse_below(max_size: int, smallest: int) -> None:
     Traceback (most recent call last):
     ...
     clipquant.budget.goal.BudgetError: max_size=100 bytes is below the smallest possible file, 5,300 bytes \
-with 0 bits for every row (scales, tensors left in float and metadata remain). Ask for more, or quantize more of the model.
+with 0 bits for every row (scales, tensors left in float and metadata remain). Ask for more, or quantize more of \
+the model.
     """
     if max_size < smallest:
         raise BudgetError(
