@@ -18,6 +18,11 @@ from clipquant import GradientClipCallback
 from clipquant.clip import AGC, AdaGC, AutoClip, Indicator, Norm, Value, ZClip
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 class Model(BoringModel):
     def __init__(self, optimizer: str = "SGD", **settings: Any) -> None:
         super().__init__()
