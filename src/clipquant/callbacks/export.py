@@ -145,4 +145,4 @@ def _measure(
 
     guest = copy_module(module)
     guest.forward = counted  # type: ignore[method-assign]
-    return dict(judge(trainer, guest).metrics), bool(calls)
+    return judge(trainer, guest), bool(calls)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def calibrate(
     """
     exact, rounded = twin(model), twin(model)
     own = {t.name: t for t in targets}
-    seen = _seen(exact, targets, batches, forward)
+    seen = seen_uses(exact, targets, batches, forward)
     run = _Run(exact, rounded, specs, {}, {}, {})
     for name, tensor in (fixed or {}).items():
         run.hold_(name, dequantize(tensor))
@@ -144,11 +144,7 @@ class _Run:
 
     def hold_(self, name: str, value: Tensor) -> None:
         """Put a tensor wherever the network holds the one of that name."""
-        path, _, attribute = name.rpartition(".")
-        old = getattr(self.exact.get_submodule(path), attribute)
-        parameter = nn.Parameter(value, requires_grad=False)
-        for place, key in _holders(self.exact, old):
-            self.rounded.get_submodule(place)._parameters[key] = parameter
+        hold_(self.exact, self.rounded, {name: nn.Parameter(value, requires_grad=False)})
 
     def _correct_(self, target: Target, bias: str, found: Solution, moments: Moments) -> None:
         """Give the bias what makes the mean output that of the float network."""
@@ -161,7 +157,7 @@ class _Run:
         self.hold_(path, new)
 
 
-def _seen(
+def seen_uses(
     model: nn.Module, targets: Sequence[Target], batches: Sequence[Any], forward: Forward
 ) -> dict[str, Use]:
     """Return how the weights are used, from as few batches as it takes to meet them all."""
@@ -240,6 +236,24 @@ def _with_lookup(moments: Moments, matrix: Tensor) -> Moments:
         goal=moments.goal + pull * weight,
         energy=moments.energy + pull * weight.square().sum(2),
     )
+
+
+def hold_(exact: nn.Module, other: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let a twin of `exact` hold other parameters, each wherever `exact` holds the one of its key.
+
+    Args:
+        exact: The network that tells which places share a tensor.
+        other: Its twin.
+        tensors: State-dict key -> parameter, which may be part of a graph.
+    """
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        old = getattr(exact.get_submodule(path), attribute)
+        for place, key in _holders(exact, old):
+            module = other.get_submodule(place)
+            module._parameters[key] = cast(nn.Parameter, tensor)
+            if isinstance(module, nn.RNNBase):  # it reads its weights from a list of its own
+                module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
 
 
 def _holders(model: nn.Module, tensor: Tensor) -> list[tuple[str, str]]:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.calibrate import Calibrated, Progress, calibrate
+from clipquant.quant.adaround import adaround
+from clipquant.quant.batchnorm import batch_norms, reestimate
+from clipquant.quant.calibrate import Calibrated, Progress, calibrate, hold_, seen_uses
+from clipquant.quant.choose import data_free, nearest
 from clipquant.quant.grid import dequantize, from_codes
 from clipquant.quant.layers import Globs, LeftInFloat, Target, check_globs, select
-from clipquant.quant.observe import Forward, call_model
+from clipquant.quant.observe import Forward, call_model, twin
 from clipquant.quant.ranges import quantize_weight
 from clipquant.quant.solve import Solution, solve_free
 from clipquant.quant.spec import Granularity, QuantizedTensor, QuantSpec, check_bits
 
-METHODS = ("auto", "rtn", "mse", "hqq", "gptq")
-CALIBRATED = ("gptq",)  # these need data
+METHODS = ("auto", "rtn", "mse", "hqq", "gptq", "adaround")
+CALIBRATED = ("gptq", "adaround")  # these need data
 
 _PLENTY = 7  # bits from which plain rounding loses nothing that data could save
 
@@ -55,7 +58,7 @@ def check_method(method: str, known: Sequence[str] = METHODS) -> None:
     >>> check_method("awq")
     Traceback (most recent call last):
     ...
-    ValueError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq'; got 'awq'.
+    ValueError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq', 'adaround'; got 'awq'.
     """
     if method not in known:
         raise ValueError(f"method must be one of {', '.join(map(repr, known))}; got {method!r}.")
@@ -84,8 +87,9 @@ def quantize_weights(
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle.
         granularity: "tensor", "channel" or a group size.
-        method: "rtn", "mse" and "hqq" look at the weights alone; "gptq" needs batches;
-            "auto" takes "rtn" from 7 bits up, else "gptq" with batches and "mse" without.
+        method: "rtn", "mse" and "hqq" look at the weights alone; "gptq" and "adaround" need batches;
+            "auto" takes "rtn" from 7 bits up, else "mse" without batches and with them the one of
+            "gptq" and "mse" that keeps the network's outputs better.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
@@ -120,19 +124,65 @@ def quantize_weights(
     found = Calibrated({}, {}, {}, model)
     rest = [t for t in selection.targets if methods[t.name] in CALIBRATED]
     if rest and batches:
-        found = calibrate(
-            model, rest, specs, batches, fixed=tensors, forward=forward, progress=progress
-        )
+        found = _calibrated(model, method, rest, specs, batches, tensors, forward, progress)
     for target in rest:
         tensors[target.name] = _tensor_of(target, specs[target.name], found.solutions[target.name])
+    statistics = settled_statistics(model, tensors, found.biases, batches or (), forward)
     floats = rest_of(model, tensors, selection.aliases)
+    changed = {**found.biases, **statistics}
     return QuantizedWeights(
         {t.name: tensors[t.name] for t in selection.targets},
-        floats | {name: bias for name, bias in found.biases.items() if name in floats},
+        floats | {name: tensor for name, tensor in changed.items() if name in floats},
         selection.aliases,
-        selection.left,
+        tuple(followed(item) if item.name in statistics else item for item in selection.left),
         {name: "; ".join(notes) for name, notes in found.notes.items()},
     )
+
+
+def _calibrated(
+    model: nn.Module,
+    method: str,
+    targets: Sequence[Target],
+    specs: Mapping[str, QuantSpec],
+    batches: Sequence[Any],
+    fixed: Mapping[str, QuantizedTensor],
+    forward: Forward,
+    progress: Progress | None,
+) -> Calibrated:
+    """Return the codes by a method that needs data: "gptq", "adaround" or "auto"."""
+    # Layer by layer does not see what a layer that feeds itself does: there, learning starts from plain ranges.
+    uses = seen_uses(model, targets, batches, forward).values() if method == "adaround" else ()
+    found = data_free(model, targets, specs, fixed) if method != "gptq" else None
+    if found is None or not any(use.calls > 1 for use in uses):
+        layered = calibrate(
+            model, targets, specs, batches, fixed=fixed, forward=forward, progress=progress
+        )
+        others = (layered,) if found is None else (layered, found)
+        found = nearest(model, others, targets, batches, forward)
+    if method == "adaround":
+        found = adaround(model, targets, specs, found, batches, forward=forward, progress=progress)
+    return found
+
+
+def settled_statistics(
+    model: nn.Module,
+    tensors: Mapping[str, QuantizedTensor],
+    biases: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    forward: Forward,
+) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics that suit the quantized weights better than the model's own."""
+    if not batches or not batch_norms(model):
+        return {}
+    exact, rounded = twin(model), twin(model)
+    hold_(exact, rounded, {name: dequantize(tensor) for name, tensor in tensors.items()})
+    hold_(exact, rounded, biases)
+    return reestimate(exact, rounded, batches, forward)
+
+
+def followed(item: LeftInFloat) -> LeftInFloat:
+    """Return the entry of a statistic that was estimated anew."""
+    return replace(item, why="BatchNorm statistic, re-estimated for the quantized weights")
 
 
 def method_for(method: str, spec: QuantSpec, data: bool) -> str:

@@ -51,7 +51,7 @@ def solve_free(matrix: Tensor, spec: QuantSpec, method: str) -> Solution:
     >>> solve_free(torch.tensor([[0.0, 1.0, 2.2, 3.0]]), QuantSpec(bits=2), "rtn").codes
     tensor([[0, 1, 2, 3]], dtype=torch.uint8)
     """
-    rtn = _rtn(matrix, spec)
+    rtn = plain_rounding(matrix, spec)
     codes, grid = rtn
     if method != "rtn":
         grid = (mse_grid if method == "mse" else hqq_grid)(matrix, spec)
@@ -61,7 +61,8 @@ def solve_free(matrix: Tensor, spec: QuantSpec, method: str) -> Solution:
     return Solution(codes, grid, method, error, plain)
 
 
-def _rtn(matrix: Tensor, spec: QuantSpec) -> tuple[Tensor, Grid]:
+def plain_rounding(matrix: Tensor, spec: QuantSpec) -> tuple[Tensor, Grid]:
+    """Return a weight's nearest codes on the min-max grid, and that grid."""
     if spec.granularity == "tensor" and not spec.symmetric:
         return minmax_codes(matrix, spec)
     grid = minmax_grid(matrix, spec)
@@ -108,7 +109,7 @@ def _solve_diagonal(matrix: Tensor, spec: QuantSpec, moments: Moments) -> Soluti
     rows = matrix.shape[0] // moments.hessian.shape[0]
     weight = moments.hessian.repeat_interleave(rows, 0)
     grid = mse_grid(matrix.float(), spec, weight)
-    found, rtn = (quantize_rows(matrix, grid), grid), _rtn(matrix, spec)
+    found, rtn = (quantize_rows(matrix, grid), grid), plain_rounding(matrix, spec)
     energy = float((matrix.square() * weight).sum()) or 1.0
     errors = [
         float(((dequantize_rows(*c) - matrix).square() * weight).sum()) / energy
@@ -117,6 +118,29 @@ def _solve_diagonal(matrix: Tensor, spec: QuantSpec, moments: Moments) -> Soluti
     if errors[0] > errors[1]:
         return Solution(*rtn, "rtn", errors[1], errors[1])
     return Solution(*found, "mse", errors[0], errors[1])
+
+
+def relative_error(
+    matrix: Tensor, codes: Tensor, grid: Grid, moments: Moments | None, centred: bool
+) -> float:
+    """Return the squared error of a layer's output as a share of the output's mean square.
+
+    Args:
+        matrix: Floating (rows, columns): the weight.
+        codes: Its codes.
+        grid: Their grid.
+        moments: What is known of the inputs; None: the error is that of the weights.
+        centred: Leave the mean error out, since a bias takes it up.
+    """
+    if moments is None or moments.hessian.dim() == 2:
+        energy = float(matrix.double().square().sum()) or 1.0
+        return _weight_error(matrix, codes, grid) / energy
+    groups = moments.hessian.shape[0]
+    values = dequantize_rows(codes, grid).to(moments.hessian.dtype).chunk(groups)
+    errors = [output_error_of(moments, g, centred) for g in range(groups)]
+    found = sum(float(error.of(v).sum()) for error, v in zip(errors, values, strict=True))
+    energy = sum(float(error.energy.sum()) for error in errors)
+    return max(found, 0.0) / (energy or 1.0)
 
 
 def output_error_of(moments: Moments, group: int, centred: bool) -> OutputError:
@@ -147,7 +171,7 @@ def _solve_group(
     walk = plan_walk(damped)
     codes, grid, _ = best_of(damped, _walks(matrix, spec, walk, error.hessian.diagonal(), start))
     found = refine(damped, codes, grid)
-    rtn = _rtn(matrix, spec)
+    rtn = plain_rounding(matrix, spec)
     plain = error.of_codes(*rtn)
     codes, grid, errors = best_of(error, [rtn, found])
     same = bool((errors >= plain).all())
