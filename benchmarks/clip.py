@@ -227,7 +227,7 @@ class Alternating(pl.Callback):
         if callback is not None:
             callback.on_before_optimizer_step(*args)
 
-    def on_train_batch_end(self, *args):
+    def on_train_batch_end(self, *_):
         now = time.perf_counter()
         if self.last is not None and self.step >= 30:
             self.seconds[self._active()[0]].append(now - self.last)
