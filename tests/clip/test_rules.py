@@ -200,6 +200,34 @@ def test_indicator_marks_elements_beyond_the_threshold(
     )
 
 
+@given(SHAPES, SEEDS, st.floats(0.01, 10))
+def test_norm_equals_the_formula_of_optax(shapes: list[list[int]], seed: int, limit: float) -> None:
+    params = parameters(shapes, seed)
+    before = [g.double() for g in gradients(params)]
+    total = math.sqrt(sum(float(g.square().sum()) for g in before))
+    clip_gradients_(params, Norm(limit))
+    for param, g in zip(params, before, strict=True):
+        expected = g if total < limit else g / total * limit
+        torch.testing.assert_close(param.grad.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+@given(SHAPES, SEEDS, st.floats(1e-3, 1.0), st.sampled_from([1e-3, 1.0]))
+def test_agc_equals_the_formula_of_optax_for_weights_with_outputs_first(
+    shapes: list[list[int]], seed: int, ratio: float, scale: float
+) -> None:
+    params = parameters(shapes, seed, scale)
+    before = [g.double() for g in gradients(params)]
+    clip_gradients_(params, AGC(ratio, eps=1e-3))
+    for param, g in zip(params, before, strict=True):
+        units = tuple(range(1, g.ndim)) if g.ndim > 1 else tuple(range(g.ndim))
+        g_norm = g.square().sum(units, keepdim=True).sqrt() if units else g.abs()
+        weight = param.detach().double()
+        w_norm = weight.square().sum(units, keepdim=True).sqrt() if units else weight.abs()
+        largest = ratio * w_norm.clamp(min=1e-3)
+        expected = torch.where(g_norm < largest, g, g * (largest / g_norm.clamp(min=1e-6)))
+        torch.testing.assert_close(param.grad.double(), expected, rtol=1e-5, atol=1e-9)
+
+
 @dataclass(frozen=True)
 class SignRule:
     """A rule of a user's own: the sign of each element, times the share of the step."""
