@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import threading
+import webbrowser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -199,8 +205,111 @@ def test_what_cannot_be_judged_is_refused_before_training(problem: Any, tmp_path
     assert sized.report.size_bytes <= 7000
 
 
+class Awkward(Lit):
+    """Batches are dicts, validation loaders are two and a lock keeps the module from being copied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.lock = threading.Lock()
+        self.trained = 0
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.trained += 1
+        return F.cross_entropy(self(batch["x"]), batch["y"])
+
+    def validation_step(self, batch: Any, index: int, dataloader_idx: int) -> None:
+        right = (self(batch["x"]).argmax(1) == batch["y"]).float().mean()
+        self.log("acc", right, sync_dist=True, prog_bar=True)
+
+
+def collate(pairs: Any) -> Any:
+    return {
+        "x": torch.stack([x for x, _ in pairs]),
+        "y": torch.stack([y for _, y in pairs]),
+    }
+
+
+def awkward_fit(problem: Any, callback: QuantizeOnFitEnd, tmp_path: Path, **kwargs: Any) -> Any:
+    model, data, _ = problem
+    x = torch.cat(data)
+    rows = TensorDataset(x, model(x).argmax(1))
+    loader = DataLoader(rows, 100, collate_fn=collate)
+    module = Awkward(model)
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", enable_progress_bar=False,
+        enable_model_summary=False, **kwargs,
+    )  # fmt: skip
+    trainer.callbacks.append(callback)
+    trainer.fit(module, loader, [loader, loader])
+    return trainer, module
+
+
+def test_custom_batches_and_a_module_that_cannot_be_copied(problem: Any, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="acc/dataloader_idx_1", mode="max")
+    logger = CSVLogger(tmp_path, "logs")
+    callback = QuantizeOnFitEnd("auto", max_size=6500, dirpath=tmp_path)
+    with pytest.warns(UserWarning, match="cannot be deep-copied"):
+        trainer, module = awkward_fit(
+            problem, callback, tmp_path, callbacks=[checkpoint], logger=logger
+        )
+    report = callback.report
+    assert report is not None
+    assert (report.monitor, report.mode) == ("acc/dataloader_idx_1", "max")
+    assert report.budget is not None
+    assert report.budget.met
+    assert {layer.method for layer in report.layers} == {"gptq"}
+    assert "loss of training_step" in report.calibration
+    assert module.trainer is trainer
+    assert "log" not in vars(module)
+    state = load_quantized(tmp_path / "model.safetensors")
+    assert all(torch.equal(t, state[n]) for n, t in module.state_dict().items())
+    assert len(list((tmp_path / "ckpt").iterdir())) == 1
+    logged = set(Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0].split(","))
+    own = {"acc/dataloader_idx_0", "acc/dataloader_idx_1", "epoch", "step"}
+    assert {key for key in logged if not key.startswith("quantized/")} <= own
+    assert {"quantized/acc/dataloader_idx_1", "quantized/size_bytes"} <= logged
+
+
+def test_a_size_that_no_file_can_have_is_told_before_training(problem: Any, tmp_path: Path) -> None:
+    callback = QuantizeOnFitEnd("auto", max_size=900, dirpath=tmp_path)
+    module = Awkward(problem[0])
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback],
+        enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+    )  # fmt: skip
+    loader = DataLoader(TensorDataset(torch.zeros(4, 40), torch.zeros(4).long()))
+    with pytest.raises(
+        BudgetError, match=r"below the smallest possible file, \d,\d+ bytes"
+    ) as told:
+        trainer.fit(module, loader)
+    assert module.trained == 0
+    said = int(re.findall(r"file, ([\d,]+) bytes", str(told.value))[0].replace(",", ""))
+    model, data, _ = problem
+    with pytest.raises(BudgetError, match="below the smallest"):
+        quantize(model, "auto", max_size=said - 300, data=data)
+    made = quantize(model, "auto", max_size=said + 300, data=data)
+    assert made.report.size_bytes <= said + 300
+    pinned = QuantizeOnFitEnd(
+        "auto", max_size=said, overrides={"model.0.weight": 8}, dirpath=tmp_path
+    )
+    with pytest.raises(BudgetError, match="below the smallest"):
+        fit(problem, pinned, tmp_path)
+
+
+def test_trials_whose_metric_is_nan_do_not_hold(problem: Any) -> None:
+    model, data, _ = problem
+    made = quantize(
+        model, "auto", max_drop=0.1, data=data, score=lambda m: 1.0 if m is model else math.nan
+    )
+    assert not made.report.budget.met
+    assert "no allocation keeps the drop of score within 0.1" in made.report.budget.failure
+
+
 def test_the_command_line_reports_and_compares_from_files_alone(
-    problem: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    problem: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, data, score = problem
     auto = quantize(model, "auto", max_size=6000, data=data, score=score).save(
@@ -213,6 +322,17 @@ def test_the_command_line_reports_and_compares_from_files_alone(
     assert "score (monitored)" in out
     assert main(["report", str(auto), "--html", str(tmp_path / "a.html")]) == 0
     assert "The search for the budget" in (tmp_path / "a.html").read_text()
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) is None)
+    assert main(["report", str(auto), "--open"]) == 0
+    assert main(["report", str(auto), "--html", str(tmp_path / "b.html"), "--open"]) == 0
+    pages = [Path(unquote(urlparse(url).path)) for url in opened]
+    assert pages[1] == tmp_path / "b.html"
+    assert all("The search for the budget" in page.read_text() for page in pages)
+    monkeypatch.setattr(webbrowser, "open", lambda url: False)
+    capsys.readouterr()
+    assert main(["report", str(auto), "--html", str(tmp_path / "b.html"), "--open"]) == 1
+    assert f"open {tmp_path / 'b.html'} yourself" in capsys.readouterr().err
     assert main(["compare", str(auto), str(plain)]) == 0
     assert f"{plain.stat().st_size:,}" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "none")]) == 1

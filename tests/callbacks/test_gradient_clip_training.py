@@ -18,6 +18,11 @@ from clipquant import GradientClipCallback
 from clipquant.clip import AGC, AdaGC, AutoClip, Indicator, Norm, Value, ZClip
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 class Model(BoringModel):
     def __init__(self, optimizer: str = "SGD", **settings: Any) -> None:
         super().__init__()
@@ -194,21 +199,6 @@ def test_lbfgs_refuses_a_rule_with_memory() -> None:
         train(Model("LBFGS"), GradientClipCallback(AutoClip()))
 
 
-def test_deepspeed_and_fsdp_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-
-    callback, trainer = GradientClipCallback(), pl.Trainer(accelerator="cpu", logger=False)
-    for strategy, remedy in (
-        (DeepSpeedStrategy, r"set Trainer\(gradient_clip_val"),
-        (FSDPStrategy, "ModelParallelStrategy"),
-    ):
-        # Both need hardware or packages that are not here; what the callback asks of them is their class.
-        monkeypatch.setattr(trainer, "_strategy", object.__new__(strategy), raising=False)
-        monkeypatch.setattr(type(trainer), "strategy", property(lambda self: self._strategy))
-        with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*{remedy}"):
-            callback.setup(trainer, BoringModel(), "fit")
-
-
 class Grouped(Model):
     """A parameter group with a rule of its own."""
 
@@ -336,36 +326,49 @@ def test_clip_rate_and_skipped_steps_count_from_the_start(tmp_path: Path) -> Non
     assert float(row["skipped_steps"]) == 2.0
 
 
-@pytest.mark.parametrize(
-    ("log", "names"),
-    [
-        ("groups", {"grad_norm/group_0", "grad_norm_clipped/group_1"}),
-        ("params", {"grad_norm/layer.weight", "grad_norm_clipped/layer.bias"}),
-    ],
-)
-def test_norms_of_groups_or_parameters_on_request(
-    log: Any, names: set[str], tmp_path: Path
-) -> None:
-    model = Grouped()
-    trainer = train(
-        model,
-        GradientClipCallback(Norm(1e-2), log=log),
-        logger=CSVLogger(tmp_path),
-        log_every_n_steps=1,
-    )
-    assert names | FIGURES <= set(trainer.callback_metrics)
-    clipped = trainer.callback_metrics[
-        "grad_norm_clipped/" + ("group_1" if log == "groups" else "layer.bias")
-    ]
-    assert float(clipped) == pytest.approx(float(model.layer.bias.grad.norm()), rel=1e-4)
+def read_csv(folder: Path) -> dict[str, float]:
+    (file,) = folder.rglob("metrics.csv")
+    row = [row for row in csv.DictReader(file.open()) if row["grad_norm"]][-1]
+    return {name: float(value) for name, value in row.items() if value}
 
 
-def test_tensorboard_takes_the_figures(tmp_path: Path) -> None:
+def read_tensorboard(folder: Path) -> dict[str, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(
-        Model(), GradientClipCallback(0.1), logger=TensorBoardLogger(tmp_path), log_every_n_steps=2
+    (file,) = folder.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file)).Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize(
+    ("logger", "read"), [(CSVLogger, read_csv), (TensorBoardLogger, read_tensorboard)]
+)
+@pytest.mark.parametrize(
+    ("log", "keys"),
+    [("groups", ["group_0", "group_1"]), ("params", ["layer.weight", "layer.bias"])],
+)
+def test_norms_of_groups_or_parameters_reach_the_logger(
+    log: Any, keys: list[str], logger: Any, read: Any, tmp_path: Path
+) -> None:
+    model = Grouped()
+    callback = GradientClipCallback(Norm(1e-2), log=log)
+    train(model, callback, logger=logger(tmp_path), log_every_n_steps=2)
+    found = read(tmp_path)
+    assert set(found) >= FIGURES
+    before = [found[f"grad_norm/{key}"] for key in keys]
+    after = [found[f"grad_norm_clipped/{key}"] for key in keys]
+    assert before == pytest.approx(callback.record.norms.tolist(), rel=1e-5)
+    assert after == pytest.approx(
+        [float(model.layer.weight.grad.norm()), float(model.layer.bias.grad.norm())], rel=1e-4
     )
+    assert found["grad_norm"] == pytest.approx(sum(n * n for n in before) ** 0.5, rel=1e-5)
+
+
+def test_tensorboard_takes_the_figures_on_logging_steps(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    train(Model(), GradientClipCallback(0.1), logger=logger, log_every_n_steps=2)
     (file,) = tmp_path.rglob("events.out.tfevents*")
     events = EventAccumulator(str(file)).Reload()
     assert set(events.Tags()["scalars"]) >= FIGURES

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clipquant import quantize
+from clipquant.export import ExportRecord
 from clipquant.report import Budget, Latency, QuantizationReport, Trial, render_page
 
 FLAGS = (
@@ -56,7 +57,14 @@ def report() -> QuantizationReport:
         sha256="ab" * 32,
         calibration="16 batches of the train dataloader",
         path="quantized/<model> & co.safetensors",
-    )
+        exports=(
+            ExportRecord(
+                "onnx-int8", f"q/{LONG}.int8.onnx", 1_234_567, 0.01, ("activation ranges by MinMax",),
+                {"val_acc": 0.885}, {"threads": 2.0, "batch 1, float, ms": 0.71, "batch 1, int8, ms": 0.25},
+            ).to_dict(),
+            ExportRecord("pt2", error="Net has no <graph>").to_dict(),
+        ),
+    )  # fmt: skip
 
 
 class Checker(HTMLParser):
@@ -97,6 +105,10 @@ def test_page_says_everything_once_it_is_known() -> None:
         "16 batches of the train dataloader",
         "bias, normalization or other vector",
         "quantized/&lt;model&gt; &amp; co.safetensors",
+        "<td>1,234,567</td><td>val_acc 0.885</td><td>0.250 (batch 1)</td><td>0.710 (batch 1)</td>",
+        "medians in onnxruntime with 2 threads",
+        "activation ranges by MinMax",
+        "pt2 failed: Net has no &lt;graph&gt;",
     ):
         assert said in text
     missed = replace(report(), budget=Budget(0.01, failure="the drop is 0.02"))
@@ -106,6 +118,7 @@ def test_page_says_everything_once_it_is_known() -> None:
 def test_page_of_a_bare_report_has_no_empty_sections() -> None:
     text = render_page(quantize(nn.Linear(4, 4), 8).report)
     assert "The search for the budget" not in text
+    assert "Exports" not in text
     assert "latency" not in text
     assert "none: chosen from the weights alone" in text
     lost = quantize(nn.Linear(4, 4), 8).report

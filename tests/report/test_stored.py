@@ -104,6 +104,38 @@ def test_figures_are_those_of_the_file_read_without_this_package(tmp_path: Path)
     assert report.size_bytes == len(data)
 
 
+def test_figures_of_bits_by_row_are_those_of_the_file_read_without_this_package(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 5))
+    made = quantize(model, "auto", max_size=3800, data=[torch.randn(200, 30)])
+    path = made.save(tmp_path / "rows.safetensors")
+    stored = safetensors.numpy.load(path.read_bytes())
+    held = read_artifact(path)
+    read = report_of(held.weights, held.metadata, path.stat().st_size)
+    for layer, again in zip(made.report.layers, read.layers, strict=True):
+        weight = dict(model.named_parameters())[layer.name].detach().double().numpy()
+        q, bits, scale, zero = (stored[f"{layer.name}.{k}"] for k in ("q", "bits", "scale", "zero"))
+        columns, start, noise = weight.shape[1], 0, 0.0
+        for row, width in enumerate(bits.tolist()):
+            size = -(-width * columns // 8)
+            stream = np.unpackbits(q[start : start + size], bitorder="little")
+            codes = stream[: width * columns].reshape(columns, -1) @ (1 << np.arange(width))
+            values = scale[row].astype(np.float64) * (codes - zero[row].astype(np.float64))
+            noise += ((values - weight[row]) ** 2).sum()
+            start += size
+        assert start == len(q)
+        assert layer.bytes == sum(part.nbytes for part in (q, bits, scale, zero))
+        assert layer.bits == again.bits == pytest.approx(bits.mean())
+        assert layer.rows == again.rows == {w: int((bits == w).sum()) for w in np.unique(bits)}
+        assert layer.sqnr_db == pytest.approx(10 * np.log10((weight**2).sum() / noise), abs=1e-3)
+        assert again.sqnr_db == pytest.approx(layer.sqnr_db, abs=1e-3)
+        assert again.sensitivity == pytest.approx(layer.sensitivity, rel=1e-4)
+    assert made.report.size_bytes == read.size_bytes == path.stat().st_size <= 3800
+    assert [t.size_bytes for t in read.budget.trials if t.chosen] == [read.size_bytes]
+
+
 def test_a_file_without_a_report_still_gives_sizes_and_bits(tmp_path: Path) -> None:
     quantized = quantize(Net(), 3)
     path = save_artifact(quantized.weights, tmp_path / "bare.safetensors")

@@ -10,8 +10,10 @@ import pytest
 from torch import nn
 
 from clipquant import quantize
+from clipquant.export import ExportRecord
 from clipquant.report import Latency
 from clipquant.report import table as tables
+from clipquant.report.exports import EXPORT_HEADER, export_rows
 
 
 def report(bits: int = 4):  # type: ignore[no-untyped-def]
@@ -76,3 +78,19 @@ def test_everything_is_printed_with_rich_and_without(
     for said in ("val_acc (monitored)", "0.weight", "SQNR dB", "0.bias", "x.safetensors"):
         assert said in rich
         assert said in plain
+
+
+def test_exports_are_rows_and_failures_say_why(capsys: pytest.CaptureFixture[str]) -> None:
+    latency = {"threads": 2.0, "batch 1, float, ms": 0.7, "batch 1, int8, ms": 0.2}
+    written = ExportRecord("onnx-int8", "q/m.onnx", 9000, 0.5, ("by MinMax",), {}, latency)
+    failed = ExportRecord("pt2", error="no graph")
+    made = replace(report(), exports=(written.to_dict(), failed.to_dict()))
+    rows = export_rows(made)
+    assert rows[0] == ("onnx-int8", "9,000", "-", "0.200 (batch 1)", "0.700 (batch 1)")
+    assert rows[1] == ("pt2", "failed", "-", "-", "-")
+    assert all(len(row) == len(EXPORT_HEADER) for row in rows)
+    tables.print_summary(made)
+    said = capsys.readouterr().out
+    assert "Export pt2 failed: no graph" in said
+    assert "outputs within 0.5 of the quantized model's" in said
+    assert "\n  by MinMax" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from clipquant.callbacks.calibration import step_forward
 from clipquant.callbacks.data import calibration_batches, train_batches
-from clipquant.callbacks.evaluate import Judgement, judge
-from clipquant.model import AutoBits, QuantizedModel, Seen, quantize_auto
+from clipquant.callbacks.evaluate import judge
+from clipquant.model import QuantizedModel
+from clipquant.model.auto import AutoBits, Seen, quantize_auto
 from clipquant.quant.layers import select
 from clipquant.quant.model import QuantizedWeights
 from clipquant.quant.sensitivity import output_divergence, squared_gradients
@@ -29,16 +30,16 @@ def choose_bits(
     module: pl.LightningModule,
     goal: AutoBits,
     batches: int,
-    before: Judgement,
-) -> tuple[QuantizedModel, Judgement]:
-    """Return a module with the bits that meet a goal, and what the last trial's validation found.
+    before: Mapping[str, float],
+) -> QuantizedModel:
+    """Return a module with the bits that meet a goal.
 
     Args:
         trainer: The Trainer that has fitted.
         module: A copy of the module, attached to no Trainer.
         goal: What is asked.
         batches: Batches of the training data for the sensitivities.
-        before: What the validation of the float module found.
+        before: Metrics of the float module; none: only a size can be met.
 
     Raises:
         ValueError: If there is no training data, or the goal cannot be asked.
@@ -51,33 +52,32 @@ def choose_bits(
         fisher = squared_gradients(module, targets, _training_batches(trainer, batches), loss)
     module.zero_grad(set_to_none=True)
     data, forward = calibration_batches(trainer, batches), step_forward(trainer, module)
-    judged: list[Judgement] = []
+    trials = count(1)
 
     def measure(weights: QuantizedWeights) -> Mapping[str, float]:
-        judged.append(judge(trainer, module, weights.state_dict()))
-        value = judged[-1].metrics.get(goal.monitor)
-        rank_zero_info(f"Budget search, trial {len(judged)}: {goal.monitor} = {value}")
-        return judged[-1].metrics
+        metrics = judge(trainer, module, weights.state_dict())
+        value = metrics.get(goal.monitor)
+        rank_zero_info(f"Budget search, trial {next(trials)}: {goal.monitor} = {value}")
+        return metrics
 
-    able = bool(before.metrics)
     with progress_bar(trainer.progress_bar_callback is not None) as tell:
         seen = Seen(fisher, data, forward, tell)
-        quantized = quantize_auto(module, goal, seen, before.metrics, measure if able else None)
+        quantized = quantize_auto(module, goal, seen, before, measure if before else None)
     said = f"{batches} batches of the train dataloader, by the {loss.what}"
-    return quantized.reported(calibration=said), judged[-1] if judged else before
+    return quantized.reported(calibration=said)
 
 
-def _training_batches(trainer: pl.Trainer, count: int) -> list[Any]:
+def _training_batches(trainer: pl.Trainer, most: int) -> list[Any]:
     """Return the first batches that `training_step` would get.
 
     Raises:
         ValueError: If there is none, or none is asked for.
     """
-    batches = list(islice(train_batches(trainer, "max_size_cycle"), count))
+    batches = list(islice(train_batches(trainer, "max_size_cycle"), most))
     if not batches:
         raise ValueError(
             "bits='auto' estimates from training batches how much each row matters; got "
-            f"calibration_batches={count} and no batch. Set calibration_batches to 1 or more, and "
+            f"calibration_batches={most} and no batch. Set calibration_batches to 1 or more, and "
             "give the Trainer training data."
         )
     return batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,13 +24,15 @@ def step_forward(trainer: pl.Trainer, module: pl.LightningModule) -> Forward:
     if not is_overridden("validation_step", module, pl.LightningModule):
         return call_model
 
+    place = (0,) if "dataloader_idx" in signature(module.validation_step).parameters else ()
+
     def run(model: nn.Module, batch: Any) -> Any:
         guest: Any = model
         guest._trainer = trainer
         guest.log = guest.log_dict = _ignore
         try:
             batch = guest.on_after_batch_transfer(guest.on_before_batch_transfer(batch, 0), 0)
-            return guest.validation_step(batch, 0)
+            return guest.validation_step(batch, 0, *place)
         finally:
             guest._trainer = None
             del guest.log, guest.log_dict

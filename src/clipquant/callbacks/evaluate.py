@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -24,42 +19,10 @@ from clipquant.callbacks.guest import closed, stand_in
 _TALKERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What a validation found.
-
-    Args:
-        metrics: Name -> value of all that the module logged; empty without validation data.
-        milliseconds: Of each validation step but the first.
-        batch: Samples in the first batch; 0 where that cannot be told.
-    """
-
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    milliseconds: tuple[float, ...] = ()
-    batch: int = 0
-
-    @property
-    def median_ms(self) -> float | None:
-        return statistics.median(self.milliseconds) if self.milliseconds else None
-
-
-def validation_metrics(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-    """Return every metric that `module` logs in a validation of its own, in eval mode.
-
-    Args:
-        trainer: The Trainer that has fitted; gives the data, the precision and the batch limits.
-        module: The module to judge; a copy of it is.
-
-    Returns:
-        Name -> value; empty where the Trainer has no validation data.
-    """
-    return dict(judge(trainer, module).metrics)
-
-
 def judge(
     trainer: pl.Trainer, module: pl.LightningModule, state: Mapping[str, Tensor] | None = None
-) -> Judgement:
-    """Return what a validation of `module` finds, run by a Trainer of its own on one device.
+) -> dict[str, float]:
+    """Return every metric that a validation of `module` logs, run by a Trainer of its own on one device.
 
     Runs the module's own `validation_step` on its own data, the same batches each time, and leaves
     no trace: the module, the outer Trainer, its callbacks, loggers, datamodule and random state are
@@ -69,10 +32,13 @@ def judge(
         trainer: The Trainer that has fitted; gives the data, the precision and the batch limits.
         module: The module to judge.
         state: Weights to judge instead of the module's own.
+
+    Returns:
+        Name -> value; empty where the Trainer has no validation data.
     """
     loaders = validation_data(trainer, module)
     if loaders is None:
-        return Judgement()
+        return {}
     _end_progress(trainer)
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
@@ -85,8 +51,7 @@ def judge(
         host = stack.enter_context(_hosted(trainer.datamodule))  # type: ignore[attr-defined]
         inner = _inner_trainer(trainer, host)
         inner.validate(guest, dataloaders=loaders, verbose=False)
-        metrics = {name: float(value) for name, value in inner.callback_metrics.items()}
-    return Judgement(metrics, tuple(host.milliseconds), host.batch)
+        return {name: float(value) for name, value in inner.callback_metrics.items()}
 
 
 def _end_progress(trainer: pl.Trainer) -> None:
@@ -97,14 +62,10 @@ def _end_progress(trainer: pl.Trainer) -> None:
 
 
 class _Host(pl.Callback):
-    """Lends the outer datamodule's batch hooks to the inner Trainer, and times its steps."""
+    """Lends the outer datamodule's batch hooks to the inner Trainer."""
 
     def __init__(self, datamodule: pl.LightningDataModule | None) -> None:
         self.datamodule = datamodule
-        self.milliseconds: list[float] = []
-        self.batch = 0
-        self._start = 0.0
-        self._steps = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Connect the datamodule, too late for the Trainer to set it up a second time."""
@@ -112,22 +73,6 @@ class _Host(pl.Callback):
             trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
             trainer._data_connector._datahook_selector.datamodule = self.datamodule  # type: ignore[union-attr]
             self.datamodule.trainer = trainer
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *args: Any
-    ) -> None:
-        if not self.batch:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.batch = _batch_size(batch)
-        self._start = time.perf_counter()
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
-    ) -> None:
-        if self._steps:
-            self.milliseconds.append(1e3 * (time.perf_counter() - self._start))
-        self._steps += 1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.datamodule = None  # type: ignore[attr-defined]
@@ -166,13 +111,6 @@ def _inner_trainer(trainer: pl.Trainer, host: pl.Callback) -> pl.Trainer:
     steps = inner.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     steps.completed = trainer.global_step
     return inner
-
-
-def _batch_size(batch: Any) -> int:
-    try:
-        return extract_batch_size(batch)
-    except Exception:  # a batch of unknown make has no size; only a label of the report wants it
-        return 0
 
 
 @contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -26,16 +24,15 @@ from clipquant.callbacks.clip_checks import (
     refuse_second_clipping,
     refuse_strategy,
 )
+from clipquant.callbacks.clip_figures import Log, figures, logs_now
+from clipquant.callbacks.clip_targets import Targets, parameter_names
 from clipquant.clip.apply import clip_assigned_
-from clipquant.clip.assign import OVERRIDE, Assignment, as_rule, assign
+from clipquant.clip.assign import Assignment, as_rule
 from clipquant.clip.finite import OnNonfinite, check_policy
 from clipquant.clip.fold import can_fold, fold_, unfold_, unfold_after_step
-from clipquant.clip.norms import norms_by_group
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rules import Rule
-
-Log = bool | Literal["groups", "params"]
 
 
 class GradientClipCallback(Callback):
@@ -104,8 +101,7 @@ class GradientClipCallback(Callback):
         self.log_mode: Log = log
         self.record: ClipRecord | None = None
         self._progress: dict[int, Progress] = {}
-        self._assignments: dict[int, tuple[tuple[int, ...], Assignment]] = {}
-        self._overrides: dict[int, dict[int, Any]] = {}
+        self._targets: dict[int, Targets] = {}
         self._handles: dict[int, RemovableHandle] = {}
 
     @property
@@ -126,12 +122,12 @@ class GradientClipCallback(Callback):
         self._forget_optimizers()
         if self.optimizers is not None:
             check_indices(self.optimizers, len(trainer.optimizers))
-        names = [name for aliases in _names(pl_module).values() for name in aliases]
+        names = [name for aliases in parameter_names(pl_module).values() for name in aliases]
         check_globs("include", self.include, names)
         check_globs("exclude", self.exclude, names)
         for index, optimizer in enumerate(trainer.optimizers):
             if self._index(trainer, optimizer) is not None:
-                self._take_overrides(index, optimizer)
+                self._target(index, optimizer)
                 check_optimizer(optimizer, self.rule)
 
     def on_before_optimizer_step(
@@ -147,7 +143,7 @@ class GradientClipCallback(Callback):
         if index is None:
             return
         unfold_(optimizer)
-        assignment = self._assignment(index, pl_module, optimizer)
+        assignment = self._target(index, optimizer).assignment(pl_module)
         device = next((p.grad.device for p in assignment.params if p.grad is not None), None)
         if device is None:  # e.g. training_step returned None: there is no step to count
             return
@@ -180,11 +176,10 @@ class GradientClipCallback(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the optimizers as they were."""
-        for index, optimizer in enumerate(trainer.optimizers):
+        for optimizer in trainer.optimizers:
             unfold_(optimizer)
-            for group, override in self._overrides.get(index, {}).items():
-                if group < len(optimizer.param_groups):
-                    optimizer.param_groups[group][OVERRIDE] = override
+        for targets in self._targets.values():
+            targets.give_back()
         self._forget_optimizers()
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,35 +209,10 @@ class GradientClipCallback(Callback):
                 return index
         return None
 
-    def _assignment(
-        self, index: int, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> Assignment:
-        """Return who clips what, made once and again when parameters were added to the optimizer."""
-        shape = tuple(len(group["params"]) for group in optimizer.param_groups)
-        known = self._assignments.get(index)
-        if known is None or known[0] != shape:
-            self._take_overrides(index, optimizer)
-            overrides = self._overrides.get(index, {})
-            groups = [
-                {"params": group["params"], **({OVERRIDE: overrides[i]} if i in overrides else {})}
-                for i, group in enumerate(optimizer.param_groups)
-            ]
-            names = _names(pl_module)
-            first = {key: aliases[0] for key, aliases in names.items()}
-            known = (
-                shape,
-                assign(groups, self.rule, first, lambda p: self._chosen(names.get(id(p), []))),
-            )
-            self._assignments[index] = known
-        return known[1]
-
-    def _chosen(self, names: Sequence[str]) -> bool:
-        included = self.include is None or any(
-            fnmatchcase(n, glob) for n in names for glob in self.include
-        )
-        return included and not any(
-            fnmatchcase(n, glob) for n in names for glob in self.exclude or []
-        )
+    def _target(self, index: int, optimizer: Optimizer) -> Targets:
+        if index not in self._targets:
+            self._targets[index] = Targets(optimizer, self.rule, self.include, self.exclude)
+        return self._targets[index]
 
     def _active(self, trainer: pl.Trainer, assignment: Assignment) -> Assignment:
         """Return the assignment, or one that clips nothing outside [start_step, stop_step)."""
@@ -281,27 +251,19 @@ class GradientClipCallback(Callback):
                 f"or raise the limit.\n  {history}"
             )
 
-    def _take_overrides(self, index: int, optimizer: Optimizer) -> None:
-        """Keep the rules out of the parameter groups while training, for they would end up pickled in checkpoints."""
-        found = self._overrides.setdefault(index, {})
-        for i, group in enumerate(optimizer.param_groups):
-            if OVERRIDE in group:
-                override = group.pop(OVERRIDE)
-                found[i] = None if override is None else as_rule(override)
-
     def _forget_optimizers(self) -> None:
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._assignments, self._overrides = {}, {}, {}
+        self._handles, self._targets = {}, {}
 
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, record: ClipRecord
     ) -> None:
-        if self.log_mode is False or not _logs_now(trainer):
+        if self.log_mode is False or not logs_now(trainer):
             return
         suffix = f"/optimizer_{index}" if len(trainer.optimizers) > 1 else ""
-        figures = _figures(record, self._progress[index], suffix, self.log_mode)
-        pl_module.log_dict(figures, on_step=True, on_epoch=False)
+        found = figures(record, self._progress[index], suffix, self.log_mode)
+        pl_module.log_dict(found, on_step=True, on_epoch=False)
 
 
 _LATER_HOOKS = ("on_before_optimizer_step", "configure_gradient_clipping")
@@ -309,47 +271,6 @@ _LATER_HOOKS = ("on_before_optimizer_step", "configure_gradient_clipping")
 
 def _kind(rule: Rule) -> str:
     return f"{type(rule).__module__}.{type(rule).__qualname__}"
-
-
-def _figures(record: ClipRecord, progress: Progress, suffix: str, log: Log) -> dict[str, float]:
-    """Return the figures to log by name."""
-    figures = {
-        "grad_norm": record.grad_norm,
-        "grad_norm_clipped": record.grad_norm_clipped,
-        "clip_coef": record.clip_coef,
-        "clip_rate": progress.clip_rate,
-        "skipped_steps": float(progress.skipped_steps),
-        "nonzero_share": record.nonzero_share,
-    }
-    named = {name + suffix: value for name, value in figures.items() if value is not None}
-    return named | _detailed_figures(record, suffix, log)
-
-
-def _detailed_figures(record: ClipRecord, suffix: str, log: Log) -> dict[str, float]:
-    """Return the norms of each parameter group or of each parameter, as `log` asks."""
-    if log not in ("groups", "params") or record.norms is None or record.norms_clipped is None:
-        return {}
-    if log == "params":
-        keys, before, after = list(record.names), record.norms, record.norms_clipped
-    else:
-        groups = sorted(set(record.groups))
-        keys = [f"group_{group}" for group in groups]
-        before = norms_by_group(record.norms, record.groups, record.order)
-        after = norms_by_group(record.norms_clipped, record.groups, record.order)
-    named = {
-        f"grad_norm{suffix}/{key}": value for key, value in zip(keys, before.tolist(), strict=True)
-    }
-    return named | {
-        f"grad_norm_clipped{suffix}/{key}": value
-        for key, value in zip(keys, after.tolist(), strict=True)
-    }
-
-
-def _logs_now(trainer: pl.Trainer) -> bool:
-    """Return whether the Trainer logs this step."""
-    return bool(
-        trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)
-    )
 
 
 def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
@@ -361,11 +282,3 @@ def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
 def _callbacks_after(trainer: pl.Trainer, callback: Callback) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks[callbacks.index(callback) + 1 :]
-
-
-def _names(pl_module: pl.LightningModule) -> dict[int, list[str]]:
-    """Return all names of each parameter by its `id`: a tied one has several."""
-    names: dict[int, list[str]] = {}
-    for name, param in pl_module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name.replace("_orig_mod.", ""))
-    return names

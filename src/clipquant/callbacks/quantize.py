@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from clipquant.artifact import read_metadata
@@ -18,9 +18,10 @@ from clipquant.callbacks.calibration import step_forward
 from clipquant.callbacks.checkpoint import load_best, monitored
 from clipquant.callbacks.data import calibration_batches as take_batches
 from clipquant.callbacks.data import validation_data
-from clipquant.callbacks.evaluate import Judgement, judge
+from clipquant.callbacks.evaluate import judge
 from clipquant.callbacks.export import check_formats, check_installed, export_files
-from clipquant.callbacks.guest import copy_module
+from clipquant.callbacks.guest import stand_in
+from clipquant.callbacks.latency import measure_latency
 from clipquant.callbacks.loggers import log_report
 from clipquant.callbacks.quantize_checks import (
     check_budgets,
@@ -29,12 +30,13 @@ from clipquant.callbacks.quantize_checks import (
     check_writable,
     refuse_shards,
 )
-from clipquant.model import AutoBits, QuantizedModel, check_auto, quantize
+from clipquant.model import QuantizedModel, quantize
+from clipquant.model.auto import AutoBits, check_auto, check_smallest
 from clipquant.quant.layers import select
 from clipquant.quant.model import CALIBRATED, check_method, method_for, specs_for
 from clipquant.quant.spec import QuantSpec
 from clipquant.report.files import write_report
-from clipquant.report.record import Latency, QuantizationReport
+from clipquant.report.record import QuantizationReport
 from clipquant.report.table import print_summary
 
 FILE = "model.safetensors"
@@ -143,7 +145,8 @@ bits='auto' with max_drop or max_size to have it chosen.
         specs_for(select(pl_module, self.include, self.exclude).targets, self.spec, self.overrides)
         if trainer.is_global_zero:
             check_writable(self._folder(trainer))
-
+        if self.auto:
+            check_smallest(pl_module, self._goal(*monitored(trainer, self.monitor, self.mode)))
         if self.auto and self.max_drop is not None and validation_data(trainer, pl_module) is None:
             raise ValueError(
                 "max_drop is judged on validation data, and the Trainer has none. Give it a "
@@ -181,19 +184,22 @@ bits='auto' with max_drop or max_size to have it chosen.
         pl_module.load_state_dict(trainer.strategy.broadcast(state), strict=False)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> QuantizedModel:
-        module = _copy_or_itself(pl_module)
+        with stand_in(pl_module) as module:
+            return self._quantize_copy(trainer, module)
+
+    def _quantize_copy(self, trainer: pl.Trainer, module: pl.LightningModule) -> QuantizedModel:
         if self.weights == "best":
             load_best(trainer, module)
         monitor, mode = monitored(trainer, self.monitor, self.mode)
         before = judge(trainer, module)
         if self.auto:
-            quantized, after = self._quantize_auto(trainer, module, before, (monitor, mode))
+            quantized = self._quantize_auto(trainer, module, before, (monitor, mode))
         else:
             quantized = self._quantize_plain(trainer, module)
             after = judge(trainer, module, quantized.state_dict())
             quantized = quantized.reported(
-                float_metrics=before.metrics,
-                quantized_metrics=after.metrics,
+                float_metrics=before,
+                quantized_metrics=after,
                 monitor=monitor,
                 mode=mode,
             )
@@ -204,7 +210,7 @@ bits='auto' with max_drop or max_size to have it chosen.
             quantized.report,
             path=str(path),
             sha256=read_metadata(path)["sha256"],
-            latency=_latency(before, after),
+            latency=measure_latency(trainer, module, quantized.state_dict()),
         )
         records = export_files(
             trainer,
@@ -257,50 +263,34 @@ bits='auto' with max_drop or max_size to have it chosen.
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        before: Judgement,
+        before: Mapping[str, float],
         judged_by: tuple[str, str],
-    ) -> tuple[QuantizedModel, Judgement]:
-        goal = AutoBits(
-            self.max_drop,
-            self.max_size,
-            *judged_by,
-            self.spec.granularity,
-            self.include,
-            self.exclude,
-            self.overrides,
-        )
+    ) -> QuantizedModel:
+        goal = self._goal(*judged_by)
         found = choose_bits(trainer, module, goal, self.calibration_batches, before)
-        budget = found[0].report.budget
+        budget = found.report.budget
         if budget is not None and budget.failure:
             if self.on_fail == "raise":
                 raise BudgetError(f"{budget.failure}. Nothing was written; on_fail='warn' would.")
             rank_zero_warn(f"Budget missed: {budget.failure}.")
         return found
 
+    def _goal(self, monitor: str, mode: str) -> AutoBits:
+        return AutoBits(
+            self.max_drop,
+            self.max_size,
+            monitor,
+            mode,
+            self.spec.granularity,
+            self.include,
+            self.exclude,
+            self.overrides,
+        )
+
     def _folder(self, trainer: pl.Trainer) -> Path:
         if self.dirpath is not None:
             return Path(self.dirpath)
         return Path(trainer.log_dir or trainer.default_root_dir) / "quantized"
-
-
-def _copy_or_itself(module: pl.LightningModule) -> pl.LightningModule:
-    """Return a copy of the module, or itself where it has none; `judge` tells the user of that."""
-    try:
-        return copy_module(module)
-    except Exception:
-        return module
-
-
-def _latency(before: Judgement, after: Judgement) -> Latency | None:
-    if before.median_ms is None or after.median_ms is None:
-        return None
-    return Latency(
-        before.median_ms,
-        after.median_ms,
-        before.batch,
-        torch.get_num_threads(),
-        "validation_step",
-    )
 
 
 def _seed() -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+import webbrowser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,28 +66,37 @@ def verify_file(path: str | Path) -> int:
     return 1 if damage else 0
 
 
-def report_file(path: str | Path, html: str | Path | None) -> int:
-    """Print the report of a quantized file, or write it as HTML, from the file alone.
+def report_file(path: str | Path, html: str | Path | None, show: bool = False) -> int:
+    """Print the report of a quantized file, or write or open it as HTML, from the file alone.
 
     Args:
         path: a file written by ``QuantizeOnFitEnd`` or ``QuantizedModel.save``.
-        html: where to write the page; None: print tables.
+        html: where to write the page; None: print tables, or open a page in a temporary folder.
+        show: open the page in the browser.
 
     Returns:
         0.
 
     Raises:
         ArtifactError: where the file is missing, damaged, or no such file.
+        CommandError: where no browser can be opened; says where the page is.
     """
     from clipquant.report.page import render_page
     from clipquant.report.table import print_report
 
     report = _read_report(path)
-    if html is None:
+    if html is None and not show:
         print_report(report)
         return 0
-    Path(html).write_text(render_page(report), "utf-8")
-    print(f"Report: {html}")
+    page = (
+        Path(tempfile.mkdtemp(prefix="clipquant-"), "report.html") if html is None else Path(html)
+    )
+    page.write_text(render_page(report), "utf-8")
+    print(f"Report: {page}")
+    if show and not webbrowser.open(page.resolve().as_uri()):
+        raise CommandError(
+            f"no browser could be opened: open {page} yourself, or set BROWSER to the command of one."
+        )
     return 0
 
 
@@ -132,6 +143,7 @@ def _name_versions(artifact: Artifact) -> str:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a quantized file")
     parser.add_argument("--html", metavar="OUT", help="write the report as one HTML page instead")
+    parser.add_argument("--open", action="store_true", help="open that page in the browser")
 
 
 def _add_two_files(parser: argparse.ArgumentParser) -> None:
@@ -150,9 +162,9 @@ VERIFY = Command(
     lambda args: verify_file(args.file),
 )
 REPORT = Command(
-    "print the report of a quantized file, or write it as HTML, from the file alone",
+    "print the report of a quantized file, or write or open it as HTML, from the file alone",
     _add_report,
-    lambda args: report_file(args.file, args.html),
+    lambda args: report_file(args.file, args.html, args.open),
 )
 COMPARE = Command(
     "lay two quantized files side by side: size, metrics, bits and SQNR of every weight",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clipquant.clip.checks import check_count, check_number, check_share
 from clipquant.clip.gradients import Gradients
-from clipquant.clip.plans import Scale, ScaleEach
-from clipquant.clip.rules import Rule, State, scale_each, scaled
+from clipquant.clip.plans import Scale, ScaleEach, scale_each, scaled
+from clipquant.clip.rules import Rule, State
 
 
 @dataclass(frozen=True)

@@ -188,12 +188,9 @@ def _norm(values: Tensor, order: float) -> Tensor:
     if values.dtype in EXACT:
         return vector_norm(values, order)
     # Casting blocks that fit in the cache is many times faster than a norm that casts element by element.
-    blocks = [vector_norm(block.float(), order) for block in values.reshape(-1).split(_BLOCK)]
-    return (
-        vector_norm(torch.stack(blocks), order)
-        if blocks
-        else values.new_zeros((), dtype=torch.float32)
-    )
+    blocks = (block.float() for block in values.reshape(-1).split(_BLOCK))
+    parts = [_norms_of_rows(b) if order == 2 else vector_norm(b, order).view(1) for b in blocks]
+    return vector_norm(torch.cat(parts), order)
 
 
 def _norm_in_double(values: Tensor, order: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,3 +59,15 @@ class Outcome:
     finite: bool = True
     before: Tensor | None = None
     after: Tensor | None = None
+
+
+def scale_each(coefficients: Tensor, params: Sequence[Tensor]) -> ScaleEach:
+    """Return the plan that gives each parameter's gradient its coefficient, in the order of `params`."""
+    return ScaleEach(dict(zip(map(id, params), coefficients.tolist(), strict=True)))
+
+
+def scaled(grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
+    """Return `grad` times the plan's coefficient for `param`."""
+    if isinstance(plan, Scale):
+        return grad * float(plan.coefficient)
+    return grad * plan.coefficients[id(param)]

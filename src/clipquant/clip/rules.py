@@ -13,7 +13,7 @@ from torch import Tensor
 from clipquant.clip.checks import check_count, check_number
 from clipquant.clip.gradients import Gradients
 from clipquant.clip.norms import norms_by_group
-from clipquant.clip.plans import Clamp, Indicate, Scale, ScaleEach, ScaleUnits
+from clipquant.clip.plans import Clamp, Indicate, Scale, ScaleEach, ScaleUnits, scale_each, scaled
 from clipquant.clip.unitwise import unit_coefficients, unit_norms
 
 State = dict[str, Tensor]
@@ -292,15 +292,3 @@ def norm_coefficient(norm: Tensor, limit: float | Tensor) -> Tensor:
         tensor([1.0000, 0.2500])
     """
     return (limit / (norm + 1e-6)).clamp(max=1.0)
-
-
-def scale_each(coefficients: Tensor, params: Sequence[Tensor]) -> ScaleEach:
-    """Return the plan that gives each parameter's gradient its coefficient, in the order of `params`."""
-    return ScaleEach(dict(zip(map(id, params), coefficients.tolist(), strict=True)))
-
-
-def scaled(grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
-    """Return `grad` times the plan's coefficient for `param`."""
-    if isinstance(plan, Scale):
-        return grad * float(plan.coefficient)
-    return grad * plan.coefficients[id(param)]

@@ -177,7 +177,21 @@ def twin(model: nn.Module) -> nn.Module:
     for module in model.modules():
         held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
         memo.update({id(t): t for t in held if isinstance(t, Tensor)})
-    return copy.deepcopy(model, memo).eval()
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception:  # whatever an attribute's own copying raises
+        return _skeleton(model, {}).eval()
+
+
+def _skeleton(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """Return modules of their own that share every attribute, for a model that cannot be copied deeply."""
+    if id(model) not in made:
+        new = made[id(model)] = copy.copy(model)
+        own = {k: v.copy() for k, v in vars(new).items() if isinstance(v, dict)}  # hooks among them
+        vars(new).update(own)
+        for name, child in model._modules.items():
+            new._modules[name] = None if child is None else _skeleton(child, made)
+    return made[id(model)]
 
 
 def watches_of(model: nn.Module, target: Target) -> tuple[list[Watch], list[str]]:

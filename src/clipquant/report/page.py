@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
+from typing import Any
 
 from clipquant.report import plots
+from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows
 from clipquant.report.plots import short_bytes
 from clipquant.report.record import LayerRecord, QuantizationReport, Trial, drop_of
 from clipquant.report.table import figure
@@ -38,6 +40,7 @@ def render_page(report: QuantizationReport) -> str:
         _weights(report),
         _bars(report),
         _histograms(report),
+        _exports(report),
         _left(report),
         _provenance(report),
     )
@@ -133,7 +136,7 @@ def _weights(report: QuantizationReport) -> str:
     )
     rows = "".join(_row(layer, report) for layer in report.layers)
     table = (
-        f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
+        f'<div class="scroll names"><table class="sortable"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
     why = (
@@ -207,6 +210,31 @@ def _histogram(layer: LayerRecord) -> str:
     )
 
 
+def _exports(report: QuantizationReport) -> str:
+    if not report.exports:
+        return ""
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in EXPORT_HEADER)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in export_rows(report)
+    )
+    table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+    remarks = "".join(map(_remarks, report.exports))
+    why = (
+        "Files that run without this package; metrics and times are those of the files themselves."
+    )
+    return _card("Exports", why, table + remarks)
+
+
+def _remarks(export: Mapping[str, Any]) -> str:
+    first, *rest = export_remarks(export)
+    kind = "remarks failed" if export["error"] else "remarks"
+    items = "".join(f"<li>{escape(line)}</li>" for line in rest)
+    return f'<div class="{kind}"><p>{escape(first)}</p><ul>{items}</ul></div>'.replace(
+        "<ul></ul>", ""
+    )
+
+
 def _left(report: QuantizationReport) -> str:
     if not report.left:
         return ""
@@ -215,7 +243,7 @@ def _left(report: QuantizationReport) -> str:
         for item in report.left
     )
     table = (
-        '<div class="scroll"><table><thead><tr><th scope="col">tensor</th><th scope="col">bytes</th>'
+        '<div class="scroll names"><table><thead><tr><th scope="col">tensor</th><th scope="col">bytes</th>'
         f'<th scope="col" class="prose">why</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
     total = sum(item.bytes for item in report.left)

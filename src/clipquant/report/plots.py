@@ -9,7 +9,8 @@ from html import escape
 from clipquant.report.record import Histogram, LayerRecord, QuantizationReport, Trial, drop_of
 
 WIDTH = 440  # of every plot, in its own units: about a phone's screen, so that text keeps its size
-PITCH = 42  # from one layer's bar to the next
+PITCH = 46  # from one layer's bar to the next
+BAR = 15
 
 
 def histogram_plot(bars: Histogram, name: str) -> str:
@@ -17,7 +18,7 @@ def histogram_plot(bars: Histogram, name: str) -> str:
 
     Up to 32 levels are lines over the bars; more are ticks under them.
     """
-    height, floor = 132, 108
+    height, floor = 136, 108
     ends = (*bars.levels, bars.low, bars.high)
     low, high = min(ends), max(ends)
     span = (high - low) or 1.0
@@ -63,9 +64,9 @@ def bits_plot(layers: Sequence[LayerRecord]) -> str:
         for width, rows in sorted(layer.rows.items()):
             size = (WIDTH - 16) * rows / total
             what = f"{layer.name}: {rows} of {total} rows at {width} bits"
-            marks.append(_rect(f"bar w{width}", x, y, max(size - 1, 0.5), 12, what))
-            if size > 16:
-                marks.append(_text(x + size / 2, y + 9.5, str(width), "middle", f"in w{width}"))
+            marks.append(_rect(f"bar w{width}", x, y, max(size - 1, 0.5), BAR, what))
+            if size > 18:
+                marks.append(_text(x + size / 2, y + 11, str(width), "middle", f"in w{width}"))
             x += size
     return _svg("bits", PITCH * len(layers), "Bits of each weight's rows", marks)
 
@@ -81,7 +82,7 @@ def sqnr_plot(layers: Sequence[LayerRecord]) -> str:
         marks += _name(layer, y, said if known else "not recorded")
         share = min(max(layer.sqnr_db, 0.0) / most, 1.0) if known else 0.0
         size = max((WIDTH - 16) * share, 1)
-        marks.append(_rect("bar", 8, y, size, 12, f"{layer.name}: {said}"))
+        marks.append(_rect("bar", 8, y, size, BAR, f"{layer.name}: {said}"))
     return _svg("sqnr", PITCH * len(layers), "SQNR of each weight", marks)
 
 
@@ -156,7 +157,7 @@ class _Axes:
         x = self.x(size)
         anchor = "end" if x > WIDTH * 0.6 else "start"
         label = _text(
-            x + (-4 if anchor == "end" else 4), self.floor - 6, "size limit", anchor, "limit"
+            x + (-5 if anchor == "end" else 5), (14 + self.floor) / 2, "size limit", anchor, "limit"
         )
         return [_line("limit", x, 14, x, self.floor), label]
 
@@ -167,9 +168,9 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     >>> ticks(0.0, 1.0, 5)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
-    if not high > low:
-        return [low]
     raw = (high - low) / most
+    if not raw > 1e-12 * max(abs(low), abs(high)):
+        return [low]
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -218,12 +219,12 @@ def _dot(trial: Trial, scale: _Axes, before: float, report: QuantizationReport) 
 
 def _places(layers: Sequence[LayerRecord]) -> Iterator[tuple[LayerRecord, float]]:
     for i, layer in enumerate(layers):
-        yield layer, PITCH * i + 20
+        yield layer, PITCH * i + 22
 
 
 def _name(layer: LayerRecord, y: float, said: str) -> list[str]:
-    name = layer.name if len(layer.name) <= 44 else f"{layer.name[:20]}...{layer.name[-21:]}"
-    return [_text(8, y - 4, name, "start", "said"), _text(WIDTH - 8, y - 4, said, "end")]
+    name = layer.name if len(layer.name) <= 38 else f"{layer.name[:16]}...{layer.name[-19:]}"
+    return [_text(8, y - 6, name, "start", "said"), _text(WIDTH - 8, y - 6, said, "end")]
 
 
 def _svg(kind: str, height: float, label: str, marks: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows
 from clipquant.report.record import LayerRecord, QuantizationReport
 
 LAYER_HEADER = ("weight", "shape", "bits", "method", "SQNR dB", "sensitivity", "bytes", "share")
@@ -83,23 +84,11 @@ def print_summary(report: QuantizationReport) -> None:
         print(report.verdict)
     if report.path:
         print(f"Artifact: {report.path}")
-    for line in export_lines(report):
-        print(line)
-
-
-def export_lines(report: QuantizationReport) -> list[str]:
-    """Return what each export came to, its notes and warnings beneath it."""
-    lines = []
+    if report.exports:
+        print_table("Exports", EXPORT_HEADER, export_rows(report))
     for export in report.exports:
-        if export["error"]:
-            lines.append(f"Export {export['format']} failed: {export['error']}")
-            continue
-        figures = [f"{export['bytes']:,} bytes"]
-        figures += [f"{name} {value:.6g}" for name, value in export["metrics"].items()]
-        figures += [f"{name} {value:.3g}" for name, value in export["latency"].items()]
-        lines.append(f"Export {export['format']}: {export['path']} ({'; '.join(figures)})")
-        lines += [f"  {note}" for note in export["notes"]]
-    return lines
+        first, *rest = export_remarks(export)
+        print("\n  ".join([f"Export {first}", *rest]))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,59 @@
+"""What the exported files came to, as rows of a table and remarks beneath it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipquant.report.record import QuantizationReport
+
+EXPORT_HEADER = ("export", "bytes", "metric", "latency, ms", "float ONNX, ms")
+
+
+def export_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
+    """Return one row an export under `EXPORT_HEADER`: a dash where nothing was measured or written."""
+    return [_row(export, report.monitor) for export in report.exports]
+
+
+def _row(export: Mapping[str, Any], monitor: str | None) -> tuple[str, ...]:
+    if export["error"]:
+        return export["format"], "failed", "-", "-", "-"
+    metrics: Mapping[str, float] = export["metrics"]
+    name = monitor if monitor in metrics else next(iter(metrics), None)
+    metric = "-" if name is None else f"{name} {metrics[name]:.6g}"
+    own, other = latencies(export)
+    return export["format"], f"{export['bytes']:,}", metric, own or "-", other or "-"
+
+
+def latencies(export: Mapping[str, Any]) -> tuple[str, str]:
+    """Return an export's milliseconds and those of the float model, each with its batch size.
+
+    >>> latencies({"latency": {"threads": 2.0, "batch 1, float, ms": 0.72, "batch 1, int8, ms": 0.3}})
+    ('0.300 (batch 1)', '0.720 (batch 1)')
+    """
+    own: list[str] = []
+    other: list[str] = []
+    for name, value in export["latency"].items():
+        found = re.fullmatch(r"(batch \d+), (\w+), ms", name)
+        if found:
+            (other if found[2] == "float" else own).append(f"{value:.3f} ({found[1]})")
+    return ", ".join(own), ", ".join(other)
+
+
+def export_remarks(export: Mapping[str, Any]) -> list[str]:
+    """Return what the reader should know of an export: why it failed, or its file's name and notes."""
+    if export["error"]:
+        return [f"{export['format']} failed: {export['error']}"]
+    lines = [f"{export['format']}: {Path(export['path']).name}"]
+    if export["difference"] is not None:
+        lines.append(
+            f"outputs within {export['difference']:.3g} of the quantized model's on the example input"
+        )
+    threads = export["latency"].get("threads")
+    if threads:
+        lines.append(
+            f"latency: medians in onnxruntime with {threads:g} threads, both files in turn"
+        )
+    return [*lines, *export["notes"]]

@@ -1,0 +1,100 @@
+"""Unit-wise scaling of many gradients at once equals each gradient by itself, in exact arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clipquant.clip.plans import ScaleUnits
+from clipquant.clip.unitwise import scale_units_, unit_coefficients, unit_norms
+
+PLAN = ScaleUnits(0.05, 1e-3)
+SHAPES = [(4, 3), (7,), (), (2, 3, 3, 3), (0, 5), (5, 0), (1, 1)]
+
+
+def reference(grad: Tensor, weight: Tensor, plan: ScaleUnits) -> Tensor:
+    """Scale row by row in float64."""
+    grad, weight = grad.double(), weight.double()
+    if grad.numel() == 0:
+        return grad
+    rows = [(grad, weight)] if grad.ndim < 2 else list(zip(grad, weight, strict=True))
+    scaled = []
+    for g, w in rows:
+        limit = plan.ratio * max(float(w.norm()), plan.eps)
+        scaled.append(g * min(1.0, limit / max(float(g.norm()), 1e-6)))
+    return scaled[0] if grad.ndim < 2 else torch.stack(scaled)
+
+
+def example(seed: int, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    grads = [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
+    weights += [weights[0].double(), torch.zeros(3, 4), weights[3].transpose(0, 1).clone()]
+    grads += [grads[0].double(), torch.full((3, 4), scale), grads[3].transpose(0, 1).clone()]
+    return grads, weights
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.05, 10.0])
+def test_all_at_once_equals_each_row_by_itself(scale: float) -> None:
+    grads, weights = example(0, scale)
+    expected = [reference(g, w, PLAN) for g, w in zip(grads, weights, strict=True)]
+    before = [float(g.double().norm()) for g in grads]
+    outcome = scale_units_(grads, weights, PLAN)
+    for grad, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-9)
+    assert outcome.before.tolist() == pytest.approx(before, rel=1e-5)
+    assert outcome.after.tolist() == pytest.approx([float(e.norm()) for e in expected], rel=1e-5)
+
+
+def test_units_within_are_untouched_bit_for_bit() -> None:
+    grads, weights = example(1, 1e-9)
+    before = [g.clone() for g in grads]
+    assert not scale_units_(grads, weights, PLAN).clipped
+    assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True))
+
+
+def test_more_gradients_than_one_block_holds() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(300, 4000), torch.randn(9), torch.randn(200, 3000)]
+    grads = [torch.randn_like(weight) for weight in weights]
+    expected = [reference(g, w, PLAN) for g, w in zip(grads, weights, strict=True)]
+    outcome = scale_units_(grads, weights, PLAN)
+    for grad, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-9)
+    assert outcome.after.tolist() == pytest.approx([float(e.norm()) for e in expected], rel=1e-5)
+
+
+@given(st.integers(0, 99), st.floats(1e-3, 10), st.floats(1e-3, 1.0))
+def test_after_scaling_no_unit_is_beyond_its_limit(seed: int, scale: float, ratio: float) -> None:
+    grads, weights = example(seed, scale)
+    plan = ScaleUnits(ratio, 1e-3)
+    scale_units_(grads[:7], weights[:7], plan)
+    for grad, weight in zip(grads[:7], weights[:7], strict=True):
+        limit = unit_norms(weight).clamp(min=1e-3) * ratio
+        assert bool((unit_norms(grad) <= limit * (1 + 1e-5) + 1e-12).all())
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8,)])
+def test_units_whose_squares_overflow_are_scaled_not_zeroed(shape: tuple[int, ...]) -> None:
+    grad, weight = torch.full(shape, 1e30), torch.ones(shape)
+    outcome = scale_units_([grad], [weight], PLAN)
+    assert outcome.finite
+    torch.testing.assert_close(grad, torch.full(shape, 0.05), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_reported(bad: float) -> None:
+    grads, weights = example(2, 1.0)
+    grads[3][1, 2, 0, 1] = bad
+    assert not scale_units_(grads, weights, PLAN).finite
+
+
+def test_a_coefficient_never_amplifies() -> None:
+    grad_norms = torch.tensor([0.0, 1e-9, 0.04, 0.05, 0.06, 5.0])
+    found = unit_coefficients(grad_norms, torch.ones(6), PLAN)
+    assert found.tolist() == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.05 / 0.06, 0.01])
