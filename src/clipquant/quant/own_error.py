@@ -15,6 +15,7 @@ from clipquant.quant.observe import HESSIAN_LIMIT, Forward, Moments, call_model,
 from clipquant.quant.solve import plain_rounding
 from clipquant.quant.spec import QuantSpec
 
+_ENOUGH = 8  # batches: second moments need fewer than learning does
 _QUICK = 1024  # columns up to which the error is worth computing whole at every step
 
 
@@ -89,7 +90,7 @@ def own_errors(
     found = {}
     limit = HESSIAN_LIMIT // len(targets)
     for part in _in_parts(targets):
-        moments = observe((model, model), part, batches, forward, limit=limit)
+        moments = observe((model, model), part, batches[:_ENOUGH], forward, limit=limit)
         for target in part:
             centred = bias_of(model, target) is not None
             matrix = target.layout.fold(target.weight.detach())
