@@ -135,6 +135,8 @@ def allocator(
             if bias is not None:
                 biases[name] = bias
         choices[name] = Choices(target.layout.columns, losses, widths)
+    if progress is not None:
+        progress(selection.targets[-1].name, len(selection.targets), len(selection.targets))
     return Allocator(model, selection, tables, biases, frontier(choices), notes, batches, forward)
 
 
