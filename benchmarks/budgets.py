@@ -1,6 +1,7 @@
 """Budgets on Fashion-MNIST: what bits="auto" finds for sizes and drops, beside one width for all weights.
 
     python benchmarks/budgets.py CHECKPOINT     # a TwoConvNet's state dict, or a Lightning checkpoint of it
+    python benchmarks/budgets.py CHECKPOINT --only max_drop=0.01 3     # one budget, one uniform width
 
 Judged on the 10,000 test images; sensitivities and codes from 16 batches of 64 training images, without labels. For
 each uniform width the table has the best of all methods, judged on the same images.
@@ -40,6 +41,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--only", nargs="*", metavar="LINE", help="such as max_drop=0.01 or 3")
     args = parser.parse_args()
     held = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
     model = TwoConvNet()
@@ -64,11 +66,15 @@ def main() -> None:
     show(rows[-1], rows[0].accuracy)
     asked = [{"max_size": size} for size in SIZES] + [{"max_drop": drop} for drop in DROPS]
     for budget in asked:
-        made = quantize(model, "auto", data=inputs, score=accuracy, **budget)
         said = ", ".join(f"{name}={value}" for name, value in budget.items())
+        if args.only and said not in args.only:
+            continue
+        made = quantize(model, "auto", data=inputs, score=accuracy, **budget)
         rows.append(Row(said, file_bytes(made), made.report.quantized_metrics["score"]))
         show(rows[-1], rows[0].accuracy)
     for width in WIDTHS:
+        if args.only and str(width) not in args.only:
+            continue
         rows.append(best_uniform(model, width, inputs, accuracy))
         show(rows[-1], rows[0].accuracy)
     print_table(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from clipquant.callbacks.calibration import step_forward
 from clipquant.callbacks.data import calibration_batches, train_batches
 from clipquant.callbacks.evaluate import judge
-from clipquant.model import AutoBits, QuantizedModel, Seen, quantize_auto
+from clipquant.model import QuantizedModel
+from clipquant.model.auto import AutoBits, Seen, quantize_auto
 from clipquant.quant.layers import select
 from clipquant.quant.model import QuantizedWeights
 from clipquant.quant.sensitivity import output_divergence, squared_gradients

@@ -30,7 +30,8 @@ from clipquant.callbacks.quantize_checks import (
     check_writable,
     refuse_shards,
 )
-from clipquant.model import AutoBits, QuantizedModel, check_auto, check_smallest, quantize
+from clipquant.model import QuantizedModel, quantize
+from clipquant.model.auto import AutoBits, check_auto, check_smallest
 from clipquant.quant.layers import select
 from clipquant.quant.model import CALIBRATED, check_method, method_for, specs_for
 from clipquant.quant.spec import QuantSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from clipquant.quant.allocate import WIDTHS, Choices, Frontier, frontier
 from clipquant.quant.calibrate import Progress, bias_of, is_lookup
 from clipquant.quant.grid import Grid, from_codes
 from clipquant.quant.layers import Selection, Target
-from clipquant.quant.model import QuantizedWeights, rest_of
+from clipquant.quant.model import QuantizedWeights, followed, rest_of, settled_statistics
 from clipquant.quant.observe import HESSIAN_LIMIT, Forward, Moments, call_model, observe, twin
 from clipquant.quant.row_gptq import solve_rows
 from clipquant.quant.row_ranges import nearest_rows
@@ -31,6 +31,8 @@ class Allocator:
         biases: Name of a weight -> name of the bias that takes up its mean error.
         frontier: The best allocations.
         notes: Name of a weight -> what its reader should know.
+        batches: Calibration inputs.
+        forward: Runs a model on a batch.
     """
 
     model: nn.Module
@@ -39,6 +41,8 @@ class Allocator:
     biases: Mapping[str, str]
     frontier: Frontier
     notes: Mapping[str, str]
+    batches: Sequence[Any] = ()
+    forward: Forward = call_model
 
     def weights(self, bits: Mapping[str, Tensor]) -> QuantizedWeights:
         """Return the weights with these widths, uint8 (rows,) a weight."""
@@ -56,6 +60,13 @@ class Allocator:
                 floats[bias] = (floats[bias] + shift).to(floats[bias].dtype)
         left, aliases = self.selection.left, self.selection.aliases
         return QuantizedWeights(tensors, floats, aliases, left, self.notes)
+
+    def settled(self, weights: QuantizedWeights) -> QuantizedWeights:
+        """Return the same weights, with BatchNorm statistics that follow them where that is better."""
+        biases = {name: weights.floats[name] for name in self.biases.values()}
+        found = settled_statistics(self.model, weights.tensors, biases, self.batches, self.forward)
+        left = tuple(followed(item) if item.name in found else item for item in weights.left)
+        return replace(weights, floats={**weights.floats, **found}, left=left)
 
     def uniform(self, width: int) -> dict[str, Tensor]:
         """Return one width for all rows, but for weights whose width is given."""
@@ -124,7 +135,7 @@ def allocator(
             if bias is not None:
                 biases[name] = bias
         choices[name] = Choices(target.layout.columns, losses, widths)
-    return Allocator(model, selection, tables, biases, frontier(choices), notes)
+    return Allocator(model, selection, tables, biases, frontier(choices), notes, batches, forward)
 
 
 def smallest_weights(

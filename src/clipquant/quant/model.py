@@ -127,14 +127,14 @@ def quantize_weights(
         found = _calibrated(model, method, rest, specs, batches, tensors, forward, progress)
     for target in rest:
         tensors[target.name] = _tensor_of(target, specs[target.name], found.solutions[target.name])
-    statistics = _statistics(model, tensors, found.biases, batches or (), forward)
+    statistics = settled_statistics(model, tensors, found.biases, batches or (), forward)
     floats = rest_of(model, tensors, selection.aliases)
     changed = {**found.biases, **statistics}
     return QuantizedWeights(
         {t.name: tensors[t.name] for t in selection.targets},
         floats | {name: tensor for name, tensor in changed.items() if name in floats},
         selection.aliases,
-        tuple(_followed(item) if item.name in statistics else item for item in selection.left),
+        tuple(followed(item) if item.name in statistics else item for item in selection.left),
         {name: "; ".join(notes) for name, notes in found.notes.items()},
     )
 
@@ -164,7 +164,7 @@ def _calibrated(
     return found
 
 
-def _statistics(
+def settled_statistics(
     model: nn.Module,
     tensors: Mapping[str, QuantizedTensor],
     biases: Mapping[str, Tensor],
@@ -180,7 +180,8 @@ def _statistics(
     return reestimate(exact, rounded, batches, forward)
 
 
-def _followed(item: LeftInFloat) -> LeftInFloat:
+def followed(item: LeftInFloat) -> LeftInFloat:
+    """Return the entry of a statistic that was estimated anew."""
     return replace(item, why="BatchNorm statistic, re-estimated for the quantized weights")
 
 

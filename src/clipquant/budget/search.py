@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from clipquant.budget.goal import BudgetError, Goal, Metrics, refuse_below
 from clipquant.quant.allocate import MAX_TRIALS, smallest_that_holds
 from clipquant.quant.auto import Allocator
 from clipquant.quant.model import QuantizedWeights
 from clipquant.report.record import Budget, Trial, drop_of
 
-Metrics = Mapping[str, float]
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZES = 400  # that a search for the smallest size chooses from: 9 bisections
 _CURVE = (0.8, 0.6)  # shares of a size budget that are measured too, to show what less would cost
-
-
-class BudgetError(ValueError):
-    """A budget that cannot be met, or cannot be judged: says what is missing."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is asked for.
-
-    Args:
-        max_drop: Most that the monitored metric may lose.
-        max_size: Most bytes of the file.
-        monitor: The metric.
-        mode: Whether it is better when smaller ("min") or larger ("max").
-    """
-
-    max_drop: float | None
-    max_size: int | None
-    monitor: str
-    mode: str
 
 
 @dataclass(frozen=True)
@@ -50,85 +27,6 @@ class Outcome:
     bits: Mapping[str, Tensor]
     metrics: Metrics
     budget: Budget
-
-
-def check_budget(max_drop: object, max_size: object) -> None:
-    """Raise unless the two budgets are such as can be asked for.
-
-    >>> check_budget(-0.1, None)
-    Traceback (most recent call last):
-    ...
-    ValueError: max_drop must be a finite number, 0 or more, in the units of the monitored metric; got -0.1.
-    """
-    if max_drop is not None and (
-        isinstance(max_drop, bool)
-        or not isinstance(max_drop, (int, float))
-        or not 0 <= max_drop < math.inf
-    ):
-        raise ValueError(
-            "max_drop must be a finite number, 0 or more, in the units of the monitored metric; "
-            f"got {max_drop!r}."
-        )
-    if max_size is not None:
-        size_in_bytes(max_size, 2**62)
-
-
-def size_in_bytes(max_size: object, float_bytes: int) -> int:
-    """Return a size budget in bytes.
-
-    Args:
-        max_size: A whole number of bytes, a share of the float size between 0 and 1, or a text as
-            "300kB", "300 kb", "1.5 MB" (powers of 1000) or "2MiB" (of 1024).
-        float_bytes: Bytes of the float model.
-
-    Raises:
-        ValueError: For anything else, quoting it.
-
-    >>> size_in_bytes("300 kb", 0), size_in_bytes(0.25, 1000), size_in_bytes("2 MiB", 0)
-    (300000, 250, 2097152)
-    """
-    if isinstance(max_size, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", max_size, re.IGNORECASE)
-        size = 0 if found is None else int(float(found[1]) * _UNITS[(found[2] or "").lower()])
-        if size > 0:
-            return size
-    elif isinstance(max_size, int) and not isinstance(max_size, bool) and max_size > 0:
-        return max_size
-    elif isinstance(max_size, float) and 0 < max_size < 1:
-        return int(max_size * float_bytes)
-    elif isinstance(max_size, float) and max_size >= 1 and max_size.is_integer():
-        return int(max_size)
-    raise ValueError(
-        "max_size must be a whole number of bytes, a share of the float size between 0 and 1, or a "
-        f"text as '300kB' or '1.5 MB'; got {max_size!r}."
-    )
-
-
-def refuse_below(max_size: int, smallest: int) -> None:
-    """Raise for a size budget below the smallest possible file.
-
-    >>> refuse_below(100, 5_300)
-    Traceback (most recent call last):
-    ...
-    clipquant.budget.BudgetError: max_size=100 bytes is below the smallest possible file, 5,300 bytes with 0 bits for \
-every row (scales, tensors left in float and metadata remain). Ask for more, or quantize more of the model.
-    """
-    if max_size < smallest:
-        raise BudgetError(
-            f"max_size={max_size:,} bytes is below the smallest possible file, {smallest:,} bytes with 0 "
-            "bits for every row (scales, tensors left in float and metadata remain). Ask for more, or "
-            "quantize more of the model."
-        )
-
-
-def spare_bytes(weights: int, metrics: Metrics) -> int:
-    """Return the bytes to leave in a file for what it will say of the search and its outcome.
-
-    Args:
-        weights: How many are quantized.
-        metrics: Those of the float model.
-    """
-    return 1000 + 10 * weights + 3 * len(str(dict(metrics)))
 
 
 def meet(
@@ -249,7 +147,7 @@ class _Search:
 
     def _try(self, bits: Mapping[str, Tensor], what: str = "rows") -> int:
         """Measure an allocation; return its index."""
-        weights = self.found.weights(bits)
+        weights = self.found.settled(self.found.weights(bits))
         metrics = {} if self.judge is None else self.judge(weights)
         trial = Trial(self.size_of(weights), metrics.get(self.goal.monitor), what)
         self.tried.append((Outcome(weights, bits, metrics, Budget()), trial))
@@ -270,17 +168,6 @@ class _Search:
         )
         budget = Budget(self.goal.max_drop, self.goal.max_size, trials, failure)
         return replace(self.tried[index][0], budget=budget)
-
-
-def missed_size(goal: Goal, size: int) -> str:
-    """Return why a file of this size misses the goal; empty where it does not.
-
-    >>> missed_size(Goal(0.1, 300, "acc", "max"), 400)
-    'max_drop=0.1 needs 400 bytes, more than max_size=300'
-    """
-    if goal.max_size is None or size <= goal.max_size:
-        return ""
-    return f"max_drop={goal.max_drop or 0:g} needs {size:,} bytes, more than max_size={goal.max_size:,}"
 
 
 def _monitored(before: Metrics, goal: Goal, judged: bool) -> float | None:

@@ -1,0 +1,175 @@
+"""Bits for each row that meet budgets, judged by a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from clipquant.artifact import serialized_size
+from clipquant.budget import meet
+from clipquant.budget.goal import (
+    Goal,
+    check_budget,
+    missed_size,
+    refuse_below,
+    size_in_bytes,
+    spare_bytes,
+)
+from clipquant.model.quantized import QuantizedModel, make_report
+from clipquant.quant.auto import allocator, smallest_weights
+from clipquant.quant.calibrate import Progress
+from clipquant.quant.layers import Globs, Target, select
+from clipquant.quant.model import (
+    QuantizedWeights,
+    check_finite,
+    specs_for,
+)
+from clipquant.quant.observe import Forward, call_model
+from clipquant.quant.spec import Granularity, QuantSpec
+from clipquant.report.stored import describe
+
+
+@dataclass(frozen=True)
+class AutoBits:
+    """What bits="auto" is asked: the budgets, the metric that judges, and what is quantized how."""
+
+    max_drop: float | None
+    max_size: int | float | str | None
+    monitor: str
+    mode: str
+    granularity: Granularity = "channel"
+    include: Globs = None
+    exclude: Globs = None
+    overrides: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What bits="auto" chooses from.
+
+    Args:
+        fisher: Name of a weight -> E[g^2], (rows, columns).
+        batches: Calibration inputs.
+        forward: Runs a model on a batch.
+        progress: Told before each weight.
+    """
+
+    fisher: Mapping[str, Tensor]
+    batches: Sequence[Any]
+    forward: Forward = call_model
+    progress: Progress | None = None
+
+
+def quantize_auto(
+    model: nn.Module,
+    goal: AutoBits,
+    seen: Seen,
+    before: Mapping[str, float],
+    judge: Callable[[QuantizedWeights], Mapping[str, float]] | None,
+) -> QuantizedModel:
+    """Return `model` with bits for each row that meet the budgets, or come nearest to them.
+
+    Args:
+        model: Any module; it is not touched.
+        goal: What is asked.
+        seen: Sensitivities and calibration data.
+        before: Metrics of the float model.
+        judge: Metrics of the model with some weights; None: only a size can be met.
+
+    Raises:
+        ValueError: For what cannot be asked of this model; see `clipquant.budget.meet`.
+    """
+    selection = select(model, goal.include, goal.exclude)
+    check_finite(selection.targets)
+    fixed = _given_widths(selection.targets, goal.overrides)
+    found = allocator(
+        model, selection, seen.fisher, seen.batches, forward=seen.forward, group_size=_group_size(goal),
+        fixed=fixed, progress=seen.progress,
+    )  # fmt: skip
+    base = replace(
+        make_report(found.weights(found.uniform(8)), model),
+        float_metrics=dict(before),
+        monitor=goal.monitor,
+        mode=goal.mode,
+    )
+    most = None if goal.max_size is None else size_in_bytes(goal.max_size, base.float_bytes)
+    spare = spare_bytes(len(seen.fisher), before)
+
+    def size_of(weights: QuantizedWeights) -> int:
+        return serialized_size(weights, describe(base))
+
+    asked = Goal(goal.max_drop, most, goal.monitor, goal.mode)
+    outcome = meet(asked, found, size_of, before, judge, spare)
+    report = make_report(outcome.weights, model, found.sensitivities(outcome.bits))
+    made = QuantizedModel(outcome.weights, report).reported(
+        float_metrics=dict(before),
+        quantized_metrics=dict(outcome.metrics),
+        monitor=goal.monitor if before else None,
+        mode=goal.mode if before else None,
+        budget=outcome.budget,
+    )
+    failure = outcome.budget.failure or missed_size(asked, made.report.size_bytes)
+    return made.reported(budget=replace(outcome.budget, failure=failure))
+
+
+def check_smallest(model: nn.Module, goal: AutoBits) -> None:
+    """Raise for a size budget below what the model's shapes alone take, before anything is computed.
+
+    Args:
+        model: Any module, trained or not.
+        goal: What is asked.
+
+    Raises:
+        BudgetError: Naming the smallest possible file.
+    """
+    selection = select(model, goal.include, goal.exclude)
+    fixed = _given_widths(selection.targets, goal.overrides)
+    if goal.max_size is None:
+        return
+    weights = smallest_weights(model, selection, group_size=_group_size(goal), fixed=fixed)
+    report = make_report(weights, model)
+    smallest = report.size_bytes + spare_bytes(len(selection.targets), {})
+    refuse_below(size_in_bytes(goal.max_size, report.float_bytes), smallest)
+
+
+def _group_size(goal: AutoBits) -> int | None:
+    return goal.granularity if isinstance(goal.granularity, int) else None
+
+
+def check_auto(
+    max_drop: object,
+    max_size: object,
+    method: str,
+    levels: object,
+    symmetric: object,
+    granularity: object,
+) -> None:
+    """Raise for arguments that bits="auto" cannot obey, naming each with its remedy."""
+    if max_drop is None and max_size is None:
+        raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
+    check_budget(max_drop, max_size)
+    wrong = {
+        "method": (method, method not in ("auto", "gptq")),
+        "levels": (levels, levels is not None),
+        "symmetric": (symmetric, bool(symmetric)),
+        "granularity": (granularity, granularity == "tensor"),
+    }
+    for name, (value, bad) in wrong.items():
+        if bad:
+            raise ValueError(
+                f"bits='auto' gives each output channel a grid of its own, affine, its codes chosen by 'gptq'; got "
+                f"{name}={value!r}. Leave {name} out, or give bits as a number."
+            )
+
+
+def _given_widths(targets: Iterable[Target], overrides: Mapping[str, int] | None) -> dict[str, int]:
+    specs = specs_for(targets, QuantSpec(8), overrides)
+    return {
+        name: spec.bits
+        for name, spec in specs.items()
+        if any(fnmatchcase(name, pattern) for pattern in overrides or {})
+    }

@@ -1,0 +1,94 @@
+"""A model's quantized weights apart from the model, and their report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from clipquant.artifact import load_state, save_artifact, serialized_size
+from clipquant.quant.model import (
+    QuantizedWeights,
+)
+from clipquant.report.files import environment
+from clipquant.report.layers import bits_per_weight, layer_records
+from clipquant.report.record import QuantizationReport
+from clipquant.report.stored import describe
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A model's quantized weights, apart from the model.
+
+    Args:
+        weights: Codes, scales and every other tensor of the model's state.
+        report: What was gained and what it cost.
+    """
+
+    weights: QuantizedWeights
+    report: QuantizationReport
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the model's state dict, the quantized weights dequantized."""
+        return self.weights.state_dict()
+
+    def apply_to(self, model: nn.Module) -> nn.Module:
+        """Load the dequantized weights into `model`, which keeps its class, keys and dtypes.
+
+        Args:
+            model: A module of the same architecture.
+
+        Returns:
+            `model`.
+
+        Raises:
+            ArtifactError: If a key or a shape differs; then nothing is changed.
+        """
+        return load_state(model, self.state_dict(), "the quantized model")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file that `load_quantized` reads: whole or not at all.
+
+        Args:
+            path: Its name.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        return save_artifact(self.weights, path, describe(self.report))
+
+    def reported(self, **known: Any) -> QuantizedModel:
+        """Return the same weights with more known about them, and the size of the file that says so.
+
+        Args:
+            known: Fields of `QuantizationReport`.
+        """
+        report = replace(self.report, **known)
+        size = serialized_size(self.weights, describe(report))
+        if report.budget is not None:
+            trials = (replace(t, size_bytes=size) if t.chosen else t for t in report.budget.trials)
+            report = replace(report, budget=replace(report.budget, trials=tuple(trials)))
+        return replace(self, report=replace(report, size_bytes=size))
+
+
+def make_report(
+    weights: QuantizedWeights, model: nn.Module, sensitivities: Mapping[str, float] | None = None
+) -> QuantizationReport:
+    """Return the report of quantized weights beside the float model they came from."""
+    state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    unique = {k: v for k, v in state.items() if k not in weights.aliases}
+    report = QuantizationReport(
+        layers=layer_records(weights, state, sensitivities),
+        left=weights.left,
+        float_bytes=sum(v.nbytes for v in unique.values()),
+        size_bytes=1,
+        bits_per_weight=bits_per_weight(weights.tensors.values()),
+        environment=environment(),
+    )
+    return replace(report, size_bytes=serialized_size(weights, describe(report)))
