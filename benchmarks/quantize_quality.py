@@ -124,7 +124,7 @@ def albert(_checkpoint):
     calibration = [
         cut for batch in albert_batches("calibration", tokenizer) for cut in cut_rows(batch)
     ]
-    return Network("albert", model, lambda m: masked_accuracy(m, tokenizer), calibration, 64)
+    return Network("albert", model, lambda m: masked_accuracy(m, tokenizer), calibration, 32)
 
 
 def cut_rows(batch):
