@@ -67,22 +67,24 @@ def reactions(split):
     return sorted(lines, key=len) if split == "test" else lines
 
 
-def masked(split, tokenizer, rate=0.35):
+def masked(split, tokenizer, rate=0.35, length=None):
     """Return (inputs, labels) of each batch, `rate` of the tokens masked at random, always the same ones.
 
     Inputs are the keywords `input_ids` and `attention_mask`; labels are the tokens masked, `IGNORED` elsewhere.
+    Batches are as long as their longest reaction, or padded to `length`, longer reactions left out.
     """
     draw = random.Random(SEEDS[split])
     rows = [tokenizer.encode(reaction) for reaction in reactions(split)]
+    rows = [row for row in rows if length is None or len(row) <= length]
     size = SIZES[split]
     return [
-        _batch(rows[i : i + size], tokenizer.vocabulary["[MASK]"], rate, draw)
+        _batch(rows[i : i + size], tokenizer.vocabulary["[MASK]"], rate, draw, length)
         for i in range(0, len(rows), size)
     ]
 
 
-def _batch(rows, mask, rate, draw):
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+def _batch(rows, mask, rate, draw, length):
+    ids = torch.zeros(len(rows), length or max(map(len, rows)), dtype=torch.long)
     attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for r, row in enumerate(rows):
         ids[r, : len(row)] = torch.tensor(row)
@@ -99,10 +101,10 @@ def batches(split, tokenizer, rate=0.35):
 
 
 @torch.no_grad()
-def masked_accuracy(forward, tokenizer, rate=0.35, split="test"):
+def masked_accuracy(forward, tokenizer, rate=0.35, split="test", length=None):
     """Return the share of masked tokens that `forward(**inputs)`, a model or an exported one, restores."""
     right = count = 0
-    for inputs, labels in masked(split, tokenizer, rate):
+    for inputs, labels in masked(split, tokenizer, rate, length):
         outputs = forward(**inputs)
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs["logits"]
         kept = labels != IGNORED

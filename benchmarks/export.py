@@ -1,15 +1,23 @@
-"""What each export of a trained network weighs, gets right and takes: the table in README's Deploy section.
+"""What each export of a trained network weighs, gets right and takes: the tables in README's Deploy section.
 
-Usage: python benchmarks/export.py CHECKPOINT, a state dict of TwoConvNet trained on Fashion-MNIST. Latencies are
-medians of 50 interleaved calls on one thread.
+    python benchmarks/export.py twoconv CHECKPOINT     # a state dict of TwoConvNet trained on Fashion-MNIST
+    python benchmarks/export.py albert [--folder F]    # see albert.py; F, if rxnmapper is not installed
+
+Quantized by round to nearest, which needs no data. Accuracy is that of the 10,000 test images, or of the masked tokens
+of the 257 test reactions of at most 128 tokens. Latencies are medians of 50 interleaved calls on one thread (ten, if a
+call takes half a second); `--latency` leaves the accuracies out.
 """
 
 import argparse
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import torch
+from albert import load_albert, masked, masked_accuracy
 
 from clipquant.artifact import save_artifact
 from clipquant.export import (
@@ -22,22 +30,28 @@ from clipquant.export import (
 )
 from clipquant.export.bench import interleaved_medians
 from clipquant.export.onnx import feeds, open_session
-from clipquant.export.onnx_int8 import open_session_int8, runner
+from clipquant.export.onnx_int8 import runner
+from clipquant.export.qdq import open_session_int8
 from clipquant.quant.model import quantize_weights
 from clipquant.reference import FashionMNIST, TwoConvNet
 
 THREADS = 1
 BATCHES = (1, 32)
+LENGTH = 128  # tokens of a reaction, padding included
 
 
-def accuracy(forward, images, labels):
-    """Share of the test set that a forward gets right."""
-    pairs = zip(images.split(500), labels.split(500), strict=True)
-    return float(sum((forward(x).argmax(1) == y).sum() for x, y in pairs)) / len(labels)
+@dataclass(frozen=True)
+class Subject:
+    """A network to export, a call of it, calls that calibrate it, and what a forward is worth."""
+
+    model: torch.nn.Module
+    example: Example
+    calibration: list[Example]
+    accuracy: Callable[[Callable[..., Any]], float]
 
 
-def load(checkpoint):
-    """Return the network, the test set and sixteen calls of the training set."""
+def twoconv(checkpoint):
+    """TwoConvNet, the test images and sixteen batches of training images."""
     model = TwoConvNet().eval()
     state = torch.load(checkpoint, weights_only=True)
     model.load_state_dict(state.get("state_dict", state))
@@ -47,30 +61,35 @@ def load(checkpoint):
     data.setup("test")
     images, labels = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
     batches = zip(data.train_dataloader(), range(16), strict=False)
-    return model, images, labels, [find_example(model, batch, own=False) for batch, _ in batches]
+    calls = [find_example(model, batch, own=False) for batch, _ in batches]
+
+    def accuracy(forward):
+        pairs = zip(images.split(500), labels.split(500), strict=True)
+        return float(sum((forward(x).argmax(1) == y).sum() for x, y in pairs)) / len(labels)
+
+    return Subject(model, Example((images[:2],)), calls, accuracy)
 
 
-def write_files(model, images, labels, calibration, bits, folder):
+def albert(folder):
+    """The ALBERT, masked test reactions and sixteen reactions that calibrate, four at a time."""
+    model, tokenizer = load_albert(folder)
+    inputs = masked("calibration", tokenizer, length=LENGTH)[0][0]
+    calls = [Example((), {k: v[i : i + 4] for k, v in inputs.items()}) for i in range(0, 16, 4)]
+
+    def accuracy(forward):
+        return masked_accuracy(forward, tokenizer, length=LENGTH)
+
+    return Subject(model, calls[0].resized(2), calls, accuracy)
+
+
+def write_files(subject, bits, folder, judged):
     """Return (name, bytes, what runs it) of every file; None runs nothing."""
-    example = Example((images[:2],))
+    model, example = subject.model, subject.example
     torch.save(model.state_dict(), folder / "float.pt")
-    torch.onnx.export(
-        model,
-        (images[:2],),
-        folder / "float.onnx",
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        external_data=False,
-    )
-    rows = [
-        ("PyTorch, float", (folder / "float.pt").stat().st_size, model),
-        (
-            "ONNX, float",
-            (folder / "float.onnx").stat().st_size,
-            open_session(folder / "float.onnx", THREADS),
-        ),
-    ]
+    rows = [("PyTorch, float", (folder / "float.pt").stat().st_size, model)]
+    write_float(model, example, folder / "float.onnx")
+    size = (folder / "float.onnx").stat().st_size
+    rows.append(("ONNX, float", size, open_session(folder / "float.onnx", THREADS)))
     for width in bits:
         weights = quantize_weights(model, width, method="rtn")
         path = save_artifact(weights, folder / f"{width}.safetensors")
@@ -79,64 +98,97 @@ def write_files(model, images, labels, calibration, bits, folder):
         rows.append((f"pt2, {width} bit", record.bytes, torch.export.load(record.path).module()))
         record = export_onnx(model, weights, example, folder / f"{width}.onnx")
         rows.append((f"onnx, {width} bit", record.bytes, open_session(record.path, THREADS)))
-
-    def judge(forward):
-        right = accuracy(forward, images, labels)
-        return Judgement(accuracy(model, images, labels) - right, {"accuracy": right})
-
-    record = export_onnx_int8(
-        model,
-        quantize_weights(model, 8, method="rtn"),
-        example,
-        folder / "int8.onnx",
-        calibration=calibration,
-        judge=judge,
-    )
-    print("onnx-int8:", *record.notes, record.latency)
+        print(f"onnx, {width} bit: difference {record.difference:.1e}", *record.notes, flush=True)
+    record = write_int8(subject, folder / "int8.onnx", judged)
+    print("onnx-int8:", *record.notes, record.latency, flush=True)
     return [*rows, ("onnx-int8", record.bytes, open_session_int8(record.path, THREADS))]
 
 
-def measure(rows, outputs, images, labels):
+def write_float(model, example, path):
+    """Write the float network by the exporter that writes the quantized one, with an open batch."""
+    weights = quantize_weights(model, 8, method="rtn")
+    export_onnx(model, replace_by_floats(weights, model), example, path)
+
+
+def replace_by_floats(weights, model):
+    """Return the weights with nothing quantized."""
+    from dataclasses import replace
+
+    state = model.state_dict()
+    floats = {name: state[name] for name in weights.tensors} | dict(weights.floats)
+    return replace(weights, tensors={}, floats=floats)
+
+
+def write_int8(subject, path, judged):
+    """Write the int8 file; judged by its accuracy, or by the distance of its outputs."""
+
+    def judge(forward):
+        right = subject.accuracy(forward)
+        return Judgement(-right, {"accuracy": right})
+
+    weights = quantize_weights(subject.model, 8, method="rtn")
+    return export_onnx_int8(
+        subject.model,
+        weights,
+        subject.example,
+        path,
+        calibration=subject.calibration,
+        judge=judge if judged else None,
+    )
+
+
+def measure(rows, subject, accuracies):
     """Return each file's accuracy and median milliseconds; the two runtimes are timed one after the other."""
     right, medians = {}, {}
+    outputs = subject.example.run(subject.model)
     for kind in (torch.nn.Module, ort.InferenceSession):
         own = {name: what for name, _, what in rows if isinstance(what, kind)}
-        for name, what in own.items():
+        for name, what in own.items() if accuracies else ():
             forward = runner(what, outputs) if kind is ort.InferenceSession else what
-            right[name] = accuracy(forward, images, labels)
+            right[name] = subject.accuracy(forward)
         for batch in BATCHES:
-            calls = {name: caller(what, images[:batch]) for name, what in own.items()}
+            call = subject.example.resized(batch)
+            calls = {name: caller(what, call) for name, what in own.items()}
             for name, ms in interleaved_medians(calls).items():
                 medians[name, batch] = ms
     return right, medians
 
 
-def caller(what, images):
-    """Return a call without arguments that runs a module or a session on images."""
+def caller(what, call):
+    """Return a function without arguments that runs a module or a session."""
     if isinstance(what, torch.nn.Module):
-        return lambda: what(images)
-    fed = feeds(what, Example((images,)))
+        return lambda: what(*call.args, **call.kwargs)
+    fed = feeds(what, call)
     return lambda: what.run(None, fed)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2])
-    args = parser.parse_args()
-    torch.set_num_threads(THREADS)
-    torch.set_grad_enabled(False)
-    model, images, labels, calibration = load(args.checkpoint)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = write_files(model, images, labels, calibration, args.bits, Path(folder))
-        right, medians = measure(rows, model(images[:2]), images, labels)
+def print_table(rows, right, medians):
     print("| file | bytes | accuracy | ms, batch 1 | ms, batch 32 |\n|---|---:|---:|---:|---:|")
     for name, size, what in rows:
         figures = ["", "", ""]
         if what is not None:
-            figures = [f"{right[name]:.2%}", *(f"{medians[name, batch]:.2f}" for batch in BATCHES)]
+            known = f"{right[name]:.2%}" if name in right else ""
+            figures = [known, *(f"{medians[name, batch]:.2f}" for batch in BATCHES)]
         print(f"| {name} | {size:,} | {' | '.join(figures)} |")
     print(f"onnxruntime {ort.__version__}, torch {torch.__version__}, {THREADS} threads")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    networks = parser.add_subparsers(dest="network", required=True)
+    networks.add_parser("twoconv").add_argument("checkpoint")
+    networks.add_parser("albert").add_argument("--folder")
+    for command in networks.choices.values():
+        command.add_argument("--bits", type=int, nargs="+", default=[8, 4])
+        command.add_argument("--latency", action="store_true", help="without the accuracies")
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.set_grad_enabled(False)
+    subject = albert(args.folder) if args.network == "albert" else twoconv(args.checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = write_files(subject, args.bits, Path(folder), not args.latency)
+        right, medians = measure(rows, subject, not args.latency)
+    print_table(rows, right, medians)
 
 
 if __name__ == "__main__":

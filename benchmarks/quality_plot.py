@@ -73,7 +73,7 @@ def _ticks(panel, lines, base):
     panel.yaxis.set_major_formatter(lambda drop, _: f"{drop:g}")
     sizes = [row.size_bytes / 1e3 for points in lines.values() for row in points]
     low, high = min(sizes), max(sizes)
-    panel.set_xlim(low / 1.9, 1.15 * high)  # room on the left for the names
+    panel.set_xlim(low / 1.9, 1.8 * high)  # room on both sides for the names
     steps = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400, 4800)
     panel.xaxis.set_major_locator(FixedLocator([s for s in steps if low / 1.3 <= s <= high * 1.1]))
     panel.xaxis.set_major_formatter(lambda size, _: f"{size:g}")

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from clipquant import TwoConvNet, load_quantized
 from clipquant.artifact import read_artifact
 from clipquant.cli import main
+from clipquant.quant import row_gptq
 from clipquant.reference import MNIST5k
 from clipquant.reference.fashion_mnist import DEBIAN_FOLDER
 
@@ -54,6 +55,10 @@ def test_there_are_examples():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_and_leaves_a_whole_file(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # One range and one sweep for bits="auto": all that is left out is how good its codes are.
+    monkeypatch.setattr(row_gptq, "_DRAWN_IN", dict.fromkeys((1, 2, 3, 4), (1.0,)))
+    monkeypatch.setattr(row_gptq, "_FINE", (1.0,))
+    monkeypatch.setattr(row_gptq, "SWEEPS", 1)
     artifact, metrics = run(path, tmp_path)
     assert main(["verify", str(artifact)]) == 0
     assert {"val_loss", "val_acc", "grad_norm"} <= set(metrics)

@@ -120,6 +120,8 @@ def test_steps_that_go_around_forward_are_judged_by_distance(tmp_path):
     record = fit(Around(), tmp_path, export=["onnx-int8"]).report.exports[0]
     assert record["error"] is None
     assert record["metrics"] == {}
+    assert "judged by the distance" in record["notes"][-2]
+    assert "validation_step does not call self(...)" in record["notes"][-1]
 
 
 @pytest.mark.parametrize("formats", [["onnx"], ["onnx-int8"]])

@@ -133,6 +133,24 @@ def test_the_judge_sees_a_forward_of_the_models_own_form(model, tmp_path):
     assert {"threads", "batch 1, ratio", "batch 32, ratio"} <= set(record.latency)
 
 
+def test_without_a_judge_the_best_by_distance_is_taken_and_that_is_said(model, tmp_path):
+    record = export_onnx_int8(
+        model, quantize_weights(model, 8), batches()[0], tmp_path / "a.onnx",
+        calibration=batches(), max_drop=1e9,
+    )  # fmt: skip
+    assert "judged by the distance of its outputs" in record.notes[-1]
+    assert record.metrics == {}
+
+
+def test_a_table_that_is_tied_to_a_decoder_takes_one_scale(zoo, ids, tmp_path):
+    record = export_onnx_int8(
+        zoo, quantize_weights(zoo, 8), ids, tmp_path / "a.onnx", calibration=[ids]
+    )
+    assert any("tables that are looked up" in n and "embedding.weight" in n for n in record.notes)
+    outputs = ids.run(zoo)
+    assert record.difference < 0.2 * max(float(t.abs().max()) for t in outputs.values())
+
+
 def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "clipquant.export.onnx_int8.interleaved_medians", lambda calls: {"float": 1.0, "int8": 2.0}

@@ -16,9 +16,9 @@ from clipquant.quant.ranges import quantize_weight
 from clipquant.quant.spec import Layout, QuantizedTensor, QuantSpec
 
 
-def weight_model(tensor: QuantizedTensor) -> onnx.ModelProto:
+def weight_model(tensor: QuantizedTensor, opset: int | None = None) -> onnx.ModelProto:
     """A graph without inputs whose one output is the weight."""
-    form = stored_weight(tensor)
+    form = stored_weight(tensor, opset)
     emit = emit_weight("w", tensor, form)
     out = emit.nodes[-1].outputs[0]
     out.type = ir.TensorType(
@@ -30,7 +30,7 @@ def weight_model(tensor: QuantizedTensor) -> onnx.ModelProto:
         [out],
         nodes=emit.nodes,
         initializers=emit.initializers,
-        opset_imports={"": max(form.opset, 20)},
+        opset_imports={"": opset or max(form.opset, 20)},
         name="g",
     )
     return ir.to_proto(ir.Model(graph, ir_version=13 if form.width == 2 else 10))
@@ -61,13 +61,14 @@ LAYOUTS = [
     granularity=st.sampled_from(["tensor", "channel", 4, 5, 7]),
     symmetric=st.booleans(),
     shift=st.sampled_from([0.0, 3.0]),
+    opset=st.sampled_from([None, 20, 21]),
     seed=st.integers(0, 99),
 )
-def test_the_graph_gives_the_weight(bits, layout, granularity, symmetric, shift, seed):
+def test_the_graph_gives_the_weight(bits, layout, granularity, symmetric, shift, opset, seed):
     torch.manual_seed(seed)
     spec = QuantSpec(bits, symmetric=symmetric and bits > 1, granularity=granularity)
     tensor = quantize_weight(torch.randn(layout.shape) + shift, spec, layout)
-    model = weight_model(tensor)
+    model = weight_model(tensor, opset)
     onnx.checker.check_model(model, full_check=True)
     expected = dequantize(tensor)
     assert close(run(model), expected)

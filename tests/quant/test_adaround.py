@@ -144,6 +144,19 @@ def test_the_file_holds_the_network_that_was_judged():
     assert torch.equal(held, layout.unfold(dequantize_rows(solution.codes, solution.grid)))
 
 
+def test_the_network_that_calibration_judges_by_is_the_one_that_is_saved():
+    model, batches = Recurrent().eval(), _inputs(8, 5, 6)
+    targets = select(model).targets
+    specs = {t.name: QuantSpec(2) for t in targets}
+    found = calibrate(model, targets, specs, batches)
+    weights = quantize_weights(model, 2, method="gptq", batches=batches)
+    other = copy.deepcopy(model)
+    other.load_state_dict(weights.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(found.model(batches[0]), other(batches[0]), atol=1e-6)
+        assert not torch.allclose(found.model(batches[0]), model(batches[0]), atol=1e-2)
+
+
 def test_the_same_data_give_the_same_codes_and_the_model_is_not_touched():
     model, batches = Looped(), _ids()
     model.train()

@@ -179,3 +179,25 @@ def _gain_of_statistics(seed: int) -> float:
         return float((guest(x) - model(x)).square().mean())
 
     return 1 - distance(settled) / distance(plain)
+
+
+def test_tokens_that_no_batch_has_and_layers_that_no_loss_meets_keep_bits() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"table": nn.Embedding(50, 16), "head": nn.Linear(16, 3)}).eval()
+    model["aside"] = nn.Linear(8, 8)
+    batch = torch.randint(0, 25, (200,))
+
+    def forward(m: nn.ModuleDict, b: torch.Tensor) -> torch.Tensor:
+        return m["head"](m["table"](b))
+
+    selection = select(model)
+    fisher = squared_gradients(
+        model, selection.targets, [batch], lambda m, b: output_divergence(forward(m, b))
+    )
+    found = allocator(model, selection, fisher, [batch], forward=forward)
+    assert not fisher["table.weight"][25:].any()
+    bits = found.frontier.fill(found.frontier.most_bytes // 2)
+    assert bits["aside.weight"].unique().tolist() == [8]
+    assert (bits["table.weight"][25:] > 0).all()
+    assert bits["table.weight"][:25].float().mean() > bits["table.weight"][25:].float().mean()
+    assert "no batch reaches it" in found.notes["aside.weight"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -111,19 +112,29 @@ def _export(
     batches = islice(train_batches(trainer), calibration_batches)
     calls = [find_example(module, batch, own=False) for batch in batches]
     judge_forward = _judge(trainer, module, quantized.report)
-    return export_onnx_int8(
-        module, weights, example, path, calibration=calls, judge=judge_forward, max_drop=max_drop
-    )
+    why = judge_forward if isinstance(judge_forward, str) else None
+    record = export_onnx_int8(
+        module, weights, example, path,
+        calibration=calls,
+        judge=None if isinstance(judge_forward, str) else judge_forward,
+        max_drop=max_drop,
+    )  # fmt: skip
+    return record if why is None else replace(record, notes=(*record.notes, why))
 
 
-def _judge(trainer: pl.Trainer, module: pl.LightningModule, report: QuantizationReport) -> Any:
-    """Return a judge by the monitored metric; None where there is none that forward decides."""
+def _judge(
+    trainer: pl.Trainer, module: pl.LightningModule, report: QuantizationReport
+) -> Callable[[Forward], Judgement] | str:
+    """Return a judge by the monitored metric, or why there is none that forward decides."""
     monitor = report.monitor
     if monitor is None or monitor not in report.float_metrics:
-        return None
+        return "no validation metric is monitored"
     called = _measure(trainer, module, module.forward)[1]
     if not called:
-        return None
+        return (
+            "validation_step does not call self(...) or self.forward(...), in whose place the exported "
+            "file would run"
+        )
 
     def judge_forward(forward: Forward) -> Judgement:
         metrics, _ = _measure(trainer, module, forward)

@@ -27,16 +27,13 @@ from clipquant.export.onnx import (
     require_onnx,
     to_ir,
 )
+from clipquant.export.qdq import CALIBRATION, QdqFile, open_session_int8, quantize_qdq
 from clipquant.export.record import ExportRecord, write_whole
-from clipquant.quant.grid import dequantize
 from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.spec import QuantizedTensor
 
 if TYPE_CHECKING:
-    import onnx
     import onnxruntime as ort
 
-CALIBRATION = ("MinMax", "Percentile", "Entropy")
 BATCHES = (1, 32)
 Forward: TypeAlias = Callable[..., Any]
 
@@ -56,8 +53,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class _Candidate:
-    method: str
-    data: bytes
+    file: QdqFile
     judgement: Judgement
 
 
@@ -74,8 +70,8 @@ def export_onnx_int8(
     """Write an ONNX file that computes in int8 (QDQ), with ranges calibrated by onnxruntime.
 
     Weights that the artifact holds in 8 bits, symmetric, a scale a channel or a tensor, keep its
-    codes. Activations take codes 0 to 127, so that the 16-bit sums of two products in CPUs without
-    VNNI cannot overflow.
+    codes; tables that are looked up take one scale. Activations take codes 0 to 127, so that the
+    16-bit sums of two products in CPUs without VNNI cannot overflow.
 
     Args:
         model: A module of the architecture that was quantized; not touched.
@@ -84,8 +80,9 @@ def export_onnx_int8(
         path: Name of the file.
         calibration: Calls whose activations set the ranges.
         judge: What a forward, run by onnxruntime, is worth. None: its distance from the model's
-            outputs on the calibration data, relative to their size.
-        max_drop: The first calibration method whose drop is at most this is taken. None: the best.
+            outputs on the calibration data, relative to their size; the notes say so.
+        max_drop: The first calibration method whose drop is at most this is taken. None, or without
+            a judge: the best.
 
     Returns:
         What was written, with the method, metrics, and latency beside the float ONNX model.
@@ -112,34 +109,26 @@ def export_onnx_int8(
                 f"{type(model).__name__} has no ONNX form: {reason(error)}"
             ) from error
         batches = calibration if captured.dynamic else [captured.example]
-        judge = judge or _distance(plain, batches)
-        chosen = _choose(source, weights, batches, outputs, judge, max_drop)
-        latency = _latency(source.read_bytes(), chosen.data, captured)
-    write_whole(path, chosen.data)
-    session, check = open_session_int8(chosen.data), captured.check
+        if judge is None:
+            chosen = _choose(source, weights, batches, outputs, _distance(plain, batches), None)
+        else:
+            chosen = _choose(source, weights, batches, outputs, judge, max_drop)
+        data = chosen.file.data
+        latency = _latency(source.read_bytes(), data, captured)
+    write_whole(path, data)
+    session, check = open_session_int8(data), captured.check
     actual = runner(session, outputs)(*check.args, **check.kwargs)
-    notes = (*captured.notes, *_notes(chosen, weights, latency))
+    by = _by_distance(chosen.judgement) if judge is None else ()
+    notes = (*captured.notes, *_notes(chosen.file, weights, latency), *by)
     return ExportRecord(
         "onnx-int8",
         str(path),
-        len(chosen.data),
+        len(data),
         largest_difference(check.run(plain), actual),
         notes,
         chosen.judgement.metrics,
         latency,
     )
-
-
-def open_session_int8(file: bytes | str | Path, threads: int | None = None) -> ort.InferenceSession:
-    """Return an onnxruntime session that computes in int8 where the file says so."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    source = file if isinstance(file, bytes) else str(file)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def runner(session: ort.InferenceSession, outputs: Any) -> Forward:
@@ -202,118 +191,12 @@ def _choose(
     """Return the first calibration method within `max_drop`, or the best of all."""
     candidates: list[_Candidate] = []
     for method in CALIBRATION:
-        data = _quantize(source, method, weights, batches)
-        judgement = judge(runner(open_session_int8(data), outputs))
-        candidates.append(_Candidate(method, data, judgement))
+        file = quantize_qdq(source, method, weights, batches)
+        judgement = judge(runner(open_session_int8(file.data), outputs))
+        candidates.append(_Candidate(file, judgement))
         if max_drop is not None and judgement.drop <= max_drop:
             return candidates[-1]
     return min(candidates, key=lambda candidate: candidate.judgement.drop)
-
-
-def _quantize(
-    source: Path, method: str, weights: QuantizedWeights, batches: Sequence[Example]
-) -> bytes:
-    import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.calibrate import create_calibrator
-
-    target = source.with_name(f"{method}.onnx")
-    session = open_session_int8(source)
-    given = [feeds(session, batch) for batch in batches]
-    with quiet():
-        calibrator = create_calibrator(
-            source,
-            augmented_model_path=str(target.with_suffix(".augmented")),
-            calibrate_method=CalibrationMethod[method],
-        )
-        for (
-            fed
-        ) in given:  # one at a time: the collectors stack the batches of a call, which may differ
-            calibrator.collect_data(_reader([fed]))
-        ranges = calibrator.compute_data()
-        quantize_static(
-            source,
-            target,
-            _reader(given[:1]),  # names what is calibrated; the ranges are given
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={
-                "WeightSymmetric": True,
-                "TensorQuantOverrides": _activations(ranges)
-                | _weights(onnx.load(source).graph, weights),
-            },
-        )
-    return target.read_bytes()
-
-
-def _reader(given: Sequence[Mapping[str, np.ndarray]]) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Batches(CalibrationDataReader):  # type: ignore[misc]
-        """The batches, once."""
-
-        def __init__(self) -> None:
-            self.rest = iter(given)
-
-        def get_next(self) -> Mapping[str, np.ndarray] | None:
-            return next(self.rest, None)
-
-    return Batches()
-
-
-def _activations(ranges: Any) -> dict[str, list[dict[str, Any]]]:
-    """Return each activation's range, twice as wide upwards, so that its codes end at 127."""
-    overrides = {}
-    for name, tensor in ranges.items():
-        low, high = (float(np.min(end)) for end in tensor.range_value)
-        low, high = min(low, 0.0), max(high, 0.0)
-        bounds = {"rmin": np.float32(low), "rmax": np.float32(low + (high - low) * 255 / 127)}
-        overrides[name] = [bounds]
-    return overrides
-
-
-def _weights(graph: onnx.GraphProto, weights: QuantizedWeights) -> dict[str, list[dict[str, Any]]]:
-    """Return the artifact's scales for those of its weights whose codes the file can hold."""
-    from onnx import numpy_helper
-    from onnxruntime.quantization import QuantType
-
-    arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-    overrides: dict[str, list[dict[str, Any]]] = {}
-    for key, tensor in weights.tensors.items():
-        if not keeps_codes(tensor):
-            continue
-        name, axis = _find(key, tensor, arrays)
-        if name is None:
-            continue
-        scales = tensor.scale.float().numpy().reshape(-1)
-        place = {"axis": axis} if len(scales) > 1 else {}
-        common = {"quant_type": QuantType.QInt8, "zero_point": np.array(0, dtype=np.int8), **place}
-        overrides[name] = [{"scale": np.array(scale), **common} for scale in scales]
-    return overrides
-
-
-def _find(
-    key: str, tensor: QuantizedTensor, arrays: Mapping[str, np.ndarray]
-) -> tuple[str | None, int]:
-    """Return the initializer that is a weight, or its transpose under another name, and its axis."""
-    axis = tensor.layout.axis
-    if key in arrays:
-        return key, axis
-    if len(tensor.layout.shape) != 2:
-        return None, axis
-    turned = dequantize(tensor).float().numpy().T
-    found = (k for k, v in arrays.items() if v.shape == turned.shape and np.array_equal(v, turned))
-    return next(found, None), 1 - axis
-
-
-def keeps_codes(tensor: QuantizedTensor) -> bool:
-    """Return whether an int8 file can hold exactly the artifact's codes of a weight."""
-    if isinstance(tensor.bits, Tensor) or tensor.bits != 8:
-        return False
-    narrow = tensor.symmetric and tensor.levels == 254
-    return narrow and tensor.scale.shape[1] == 1 and tensor.layout.groups == 1
 
 
 def _latency(plain: bytes, int8: bytes, captured: Capture) -> dict[str, float]:
@@ -337,15 +220,20 @@ def _latency(plain: bytes, int8: bytes, captured: Capture) -> dict[str, float]:
     return latency
 
 
-def _notes(
-    chosen: _Candidate, weights: QuantizedWeights, latency: Mapping[str, float]
-) -> Iterable[str]:
-    yield f"activation ranges by {chosen.method}"
-    changed = [name for name, tensor in weights.tensors.items() if not keeps_codes(tensor)]
+def _by_distance(judgement: Judgement) -> Iterable[str]:
+    yield (
+        "judged by the distance of its outputs from the quantized model's on the calibration data, "
+        f"{judgement.drop:.2g} of their largest: no metric was measured on this file"
+    )
+
+
+def _notes(file: QdqFile, weights: QuantizedWeights, latency: Mapping[str, float]) -> Iterable[str]:
+    yield f"activation ranges by {file.method}"
+    changed = [name for name in weights.tensors if name not in file.kept]
     if changed:
         yield (
-            "weights that are not 8 bits, symmetric, per channel in the artifact were rounded to "
-            f"int8 again: {', '.join(changed)}"
+            "weights that are not 8 bits, symmetric, per channel in the artifact, and tables that are "
+            f"looked up, were rounded to int8 again: {', '.join(changed)}"
         )
     for name, ratio in latency.items():
         if name.endswith("ratio") and ratio > 1:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipquant.quant.grid import grid_of, symmetric_zero
+from clipquant.quant.grid import grid_of, group, symmetric_zero
 from clipquant.quant.spec import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH_SINCE = {8: 13, 4: 21, 2: 25}  # opset of the integers of a width; blocks came with 21
 BLOCKS_SINCE = 21
+_PARTS = ("scale", "point", "zero")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class StoredWeight:
         zero: Fractional zero like `scale`, subtracted after; else None.
         axis: The axis along which scales differ; None: one scale.
         block_size: Neighbours along `axis` that share a scale; 0: not in blocks.
+        per_group: Whether each group is a row of the codes, the last of a row filled up.
     """
 
     codes: Tensor
@@ -43,6 +45,7 @@ class StoredWeight:
     zero: Tensor | None
     axis: int | None
     block_size: int = 0
+    per_group: bool = False
 
     @property
     def opset(self) -> int:
@@ -71,7 +74,8 @@ def stored_weight(tensor: QuantizedTensor, opset: int | None = None) -> StoredWe
     """Return a quantized weight as integers for DequantizeLinear, without any loss.
 
     A symmetric grid becomes signed codes around 0. An integer zero becomes the zero point. A
-    fractional zero, which DequantizeLinear cannot hold, is kept beside the codes as it is.
+    fractional zero, which DequantizeLinear cannot hold, is kept beside the codes as it is. Groups are
+    its blocks; below the opset that has blocks, each is a row of its own.
 
     Args:
         tensor: The weight.
@@ -86,20 +90,20 @@ def stored_weight(tensor: QuantizedTensor, opset: int | None = None) -> StoredWe
     elif bool(((zero == zero.round()) & (zero >= 0) & (zero < 2**width)).all()):
         point, zero = zero.to(torch.uint8), None
     form = StoredWeight(codes, width, tensor.zero is None, tensor.scale, point, zero, 0)
-    return _place(form, tensor)
+    return _place(form, tensor, blocks=opset is None or opset >= BLOCKS_SINCE)
 
 
-def _place(form: StoredWeight, tensor: QuantizedTensor) -> StoredWeight:
+def _place(form: StoredWeight, tensor: QuantizedTensor, *, blocks: bool) -> StoredWeight:
     """Put codes into the weight's own shape where one axis of it carries the scales."""
     layout, groups = tensor.layout, tensor.scale.shape[1]
-    if groups > 1:
+    if groups > 1 and blocks:
         return _replace(form, axis=1, block_size=tensor.group_size)
+    if groups > 1:
+        codes = group(form.codes, tensor.group_size).flatten(0, 1)
+        flat = {k: v.reshape(-1) for k in _PARTS if (v := getattr(form, k)) is not None}
+        return _replace(form, codes=codes, per_group=True, **flat)
     one = tensor.scale.numel() == 1
-    flat = {
-        k: v.reshape(() if one else -1)
-        for k in ("scale", "point", "zero")
-        if (v := getattr(form, k)) is not None
-    }
+    flat = {k: v.reshape(() if one else -1) for k in _PARTS if (v := getattr(form, k)) is not None}
     if one or layout.axis == 0 or layout.groups == 1:
         codes = layout.unfold(form.codes)
         return _replace(form, codes=codes, axis=None if one else layout.axis, **flat)
@@ -173,7 +177,9 @@ def emit_weight(name: str, tensor: QuantizedTensor, form: StoredWeight) -> Emitt
     weight = emit.op("DequantizeLinear", inputs, **_axis(form))
     if form.zero is not None:
         weight = emit.op("Sub", [weight, _offset(emit, form, scale)])
-    if tuple(form.codes.shape) != tensor.layout.shape:
+    if form.per_group:
+        weight = _join_groups(emit, weight, tensor)
+    if form.per_group or tuple(form.codes.shape) != tensor.layout.shape:
         weight = _unfold(emit, weight, tensor)
     if tensor.dtype != torch.float32:
         emit.op("Cast", [weight], to=_onnx_dtype(tensor.dtype))
@@ -216,10 +222,23 @@ def _expand_blocks(emit: Emitter, form: StoredWeight, offset: ir.Value) -> ir.Va
     offset = emit.op("Unsqueeze", [offset, emit.shape("block_axis", [2])])
     offset = emit.op("Expand", [offset, emit.shape("blocks", [rows, blocks, size])])
     offset = emit.op("Reshape", [offset, emit.shape("offset_shape", [rows, blocks * size])])
-    if blocks * size == columns:
-        return offset
+    return _cut(emit, offset, blocks * size, columns)
+
+
+def _join_groups(emit: Emitter, groups: ir.Value, tensor: QuantizedTensor) -> ir.Value:
+    """Return (rows x groups, group size) as the (rows, columns) matrix, its filling cut off."""
+    whole = tensor.scale.shape[1] * tensor.group_size
+    sizes = emit.shape("rows_shape", [tensor.layout.rows, whole])
+    matrix = emit.op("Reshape", [groups, sizes])
+    return _cut(emit, matrix, whole, tensor.layout.columns)
+
+
+def _cut(emit: Emitter, matrix: ir.Value, width: int, columns: int) -> ir.Value:
+    """Return the first columns of a matrix that is `width` wide."""
+    if width == columns:
+        return matrix
     ends = [emit.shape(k, [v]) for k, v in (("start", 0), ("end", columns), ("cut_axis", 1))]
-    return emit.op("Slice", [offset, *ends])
+    return emit.op("Slice", [matrix, *ends])
 
 
 def _unfold(emit: Emitter, matrix: ir.Value, tensor: QuantizedTensor) -> ir.Value:

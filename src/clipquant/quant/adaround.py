@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from clipquant.quant.calibrate import Calibrated, Progress, bias_of, hold_
 from clipquant.quant.grid import dequantize_rows
 from clipquant.quant.layers import Target
-from clipquant.quant.observe import HESSIAN_LIMIT, Forward, call_model, observe, twin
+from clipquant.quant.observe import Forward, call_model, twin
 from clipquant.quant.outputs import distance, outputs_of
+from clipquant.quant.own_error import OwnError, own_errors
 from clipquant.quant.rounding import Rounding
-from clipquant.quant.solve import Solution, plain_rounding, relative_error
+from clipquant.quant.solve import Solution
 from clipquant.quant.spec import QuantSpec
 
 STEPS = 200
@@ -25,6 +26,7 @@ _RATES = {
     "grid": 1e-3,
     "bias": 1e-3,
 }  # of Adam: in steps, in logs of scale, in outputs
+_ALLOWED = 0.9  # of plain rounding's error in a layer's own outputs, before the penalty sets in
 _KEPT = 1 << 28  # bytes of float outputs kept for the next pass over the data; others are made anew
 
 
@@ -42,9 +44,10 @@ def adaround(
     """Return codes, grids and biases learned so that the whole network's outputs are those of the float one.
 
     Each code may move by a step from where its float weight lies, or as far as the first codes were
-    moved; no label is read. What does not lower the outputs' distance over all batches is given up, and
-    so are the codes of a layer whose own output error would exceed plain rounding's. Other than the
-    layers' own errors, it counts what a layer that is run many times does to itself.
+    moved; no label is read. Unlike the layers' own errors, the network's count what a layer that is run
+    many times does to itself. A layer's own error is kept below plain rounding's by a penalty, and if
+    that fails by going back to its first codes; what does not lower the outputs' distance over all
+    batches is given up.
 
     Args:
         model: Any module; it is not touched.
@@ -65,10 +68,12 @@ def adaround(
     """
     network = _Network.of(model, targets, start, forward)
     before = network.mean_distance(batches)
-    _learn(network, batches, steps, progress)
-    found = {name: _solution(r, start.solutions[name]) for name, r in network.roundings.items()}
-    network.freeze_(found)
-    checked = _checked(network, found, start.solutions, specs, batches)
+    errors = own_errors(network.exact, targets, specs, batches, forward)
+    _learn(network, errors, batches, steps, progress)
+    checked = {
+        name: _solution(rounding, start.solutions[name], errors[name])
+        for name, rounding in network.roundings.items()
+    }
     network.freeze_(checked)
     after = network.mean_distance(batches)
     if not after < before:
@@ -129,13 +134,12 @@ class _Network:
             for name, bias in self.biases.items()
         }
 
-    def hold_(self) -> None:
-        """Give the learned network its weights and biases as they stand, with their graph."""
-        weights = {
-            name: self.targets[name].layout.unfold(rounding.matrix())
-            for name, rounding in self.roundings.items()
-        }
+    def hold_(self) -> dict[str, Tensor]:
+        """Give the learned network its weights and biases as they stand; return the weights as matrices."""
+        matrices = {name: rounding.matrix() for name, rounding in self.roundings.items()}
+        weights = {n: self.targets[n].layout.unfold(matrix) for n, matrix in matrices.items()}
         hold_(self.exact, self.learned, self._cast(weights | self.biases_now()))
+        return matrices
 
     def freeze_(self, solutions: Mapping[str, Solution]) -> None:
         """Give the learned network the weights that some codes stand for, as parameters."""
@@ -173,7 +177,11 @@ class _Network:
 
 
 def _learn(
-    network: _Network, batches: Sequence[Any], steps: int, progress: Progress | None
+    network: _Network,
+    errors: Mapping[str, OwnError],
+    batches: Sequence[Any],
+    steps: int,
+    progress: Progress | None,
 ) -> None:
     leaves = network.leaves()
     tensors = [leaf.requires_grad_(True) for _, leaf in leaves]
@@ -190,8 +198,9 @@ def _learn(
             order = torch.randperm(len(batches), generator=generator).tolist()
         number = order.pop()
         with torch.enable_grad():
-            network.hold_()
-            error = network.distance(number, batches[number])
+            weights = network.hold_()
+            worse = torch.stack([errors[n].share(w) - _ALLOWED for n, w in weights.items()])
+            error = network.distance(number, batches[number]) + worse.relu().sum()
             slopes = torch.autograd.grad(error, tensors, allow_unused=True)
         for leaf, slope in zip(tensors, slopes, strict=True):
             leaf.grad = slope
@@ -202,49 +211,13 @@ def _learn(
         leaf.requires_grad_(False)
 
 
-def _solution(rounding: Rounding, start: Solution) -> Solution:
-    return replace(start, codes=rounding.codes(), grid=rounding.learned_grid(), method="adaround")
-
-
-def _checked(
-    network: _Network,
-    found: Mapping[str, Solution],
-    start: Mapping[str, Solution],
-    specs: Mapping[str, QuantSpec],
-    batches: Sequence[Any],
-) -> dict[str, Solution]:
-    """Return the solutions with their errors; those of `start` where plain rounding would do better."""
-    checked = {}
-    for part in _in_parts(list(network.targets.values())):
-        moments = observe((network.exact, network.learned), part, batches, network.forward)
-        for target in part:
-            centred = bias_of(network.exact, target) is not None
-            matrix = target.layout.fold(target.weight.detach())
-            seen = moments.get(target.name)
-            own = found[target.name]
-            plain = plain_rounding(matrix, specs[target.name])
-            error, most = (
-                relative_error(matrix, codes, grid, seen, centred)
-                for codes, grid in ((own.codes, own.grid), plain)
-            )
-            kept = replace(own, error=error, rtn_error=most)
-            checked[target.name] = kept if error <= most else start[target.name]
-    return checked
-
-
-def _in_parts(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Yield targets whose second moments together stay within the limit for one."""
-    part: list[Target] = []
-    room = HESSIAN_LIMIT
-    for target in targets:
-        need = 4 * target.layout.columns**2
-        if part and need > room:
-            yield part
-            part, room = [], HESSIAN_LIMIT
-        part.append(target)
-        room -= need
-    if part:
-        yield part
+def _solution(rounding: Rounding, start: Solution, own: OwnError) -> Solution:
+    """Return the codes learned and their error, or those of `start` where plain rounding would do better."""
+    codes, grid = rounding.codes(), rounding.learned_grid()
+    error = own.relative(dequantize_rows(codes, grid))
+    if error > own.relative_plain:
+        return start
+    return Solution(codes, grid, "adaround", error, own.relative_plain)
 
 
 def _noted(

@@ -18,6 +18,9 @@ from clipquant.quant.observe import HESSIAN_LIMIT, Forward, Moments, call_model,
 from clipquant.quant.row_gptq import solve_rows
 from clipquant.quant.row_ranges import nearest_rows
 from clipquant.quant.row_table import RowTable
+from clipquant.quant.spec import MAX_BITS
+
+UNSEEN = 0.1  # share of the mean that a row of a lookup counts for which no batch looks up
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def allocator(
 
     Codes are GPTQ's on the inputs that the weights meet in the float network, so that a row's code at
     a width depends on no other row and every allocation is at hand. A weight whose inputs are not
-    seen, or not in full, is rounded to nearest and noted.
+    seen, or not in full, is rounded to nearest and noted; one that the loss never meets has 8 bits.
 
     Args:
         model: The float model; it is not touched.
@@ -123,18 +126,30 @@ def allocator(
         matrix = target.layout.fold(target.weight.detach()).float().cpu()
         size = min(group_size or target.layout.columns, target.layout.columns)
         given = (fixed or {}).get(name)
-        widths = tuple(range(WIDTHS)) if given is None else (given,)
         own, bias = fisher[name], _free_bias(model, target, selection)
+        if is_lookup(model, target):
+            own = own + UNSEEN * own.mean()
+        reached = bool(own.any())
+        if given is None and not reached:
+            given = MAX_BITS
+        widths = tuple(range(WIDTHS)) if given is None else (given,)
         if moments is None or moments.hessian.dim() == 2:
             tables[name] = nearest_rows(matrix, own, widths, size)
             losses = tables[name].errors / 2
-            notes[name] = "rounded to nearest: its inputs' second moments are not known in full"
+            why = (
+                "its inputs' second moments are not known in full"
+                if reached
+                else "no batch reaches it"
+            )
+            notes[name] = f"rounded to nearest: {why}"
         else:
             tables[name] = solve_rows(matrix, moments, widths, size, centred=bias is not None)
             losses = tables[name].errors * (output_curvature(own, moments) / 2).unsqueeze(1)
             if bias is not None:
                 biases[name] = bias
         choices[name] = Choices(target.layout.columns, losses, widths)
+    if progress is not None:
+        progress(selection.targets[-1].name, len(selection.targets), len(selection.targets))
     return Allocator(model, selection, tables, biases, frontier(choices), notes, batches, forward)
 
 

@@ -250,10 +250,7 @@ def hold_(exact: nn.Module, other: nn.Module, tensors: Mapping[str, Tensor]) -> 
         path, _, attribute = name.rpartition(".")
         old = getattr(exact.get_submodule(path), attribute)
         for place, key in _holders(exact, old):
-            module = other.get_submodule(place)
-            module._parameters[key] = cast(nn.Parameter, tensor)
-            if isinstance(module, nn.RNNBase):  # it reads its weights from a list of its own
-                module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+            other.get_submodule(place)._parameters[key] = cast(nn.Parameter, tensor)
 
 
 def _holders(model: nn.Module, tensor: Tensor) -> list[tuple[str, str]]:

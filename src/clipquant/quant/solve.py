@@ -120,29 +120,6 @@ def _solve_diagonal(matrix: Tensor, spec: QuantSpec, moments: Moments) -> Soluti
     return Solution(*found, "mse", errors[0], errors[1])
 
 
-def relative_error(
-    matrix: Tensor, codes: Tensor, grid: Grid, moments: Moments | None, centred: bool
-) -> float:
-    """Return the squared error of a layer's output as a share of the output's mean square.
-
-    Args:
-        matrix: Floating (rows, columns): the weight.
-        codes: Its codes.
-        grid: Their grid.
-        moments: What is known of the inputs; None: the error is that of the weights.
-        centred: Leave the mean error out, since a bias takes it up.
-    """
-    if moments is None or moments.hessian.dim() == 2:
-        energy = float(matrix.double().square().sum()) or 1.0
-        return _weight_error(matrix, codes, grid) / energy
-    groups = moments.hessian.shape[0]
-    values = dequantize_rows(codes, grid).to(moments.hessian.dtype).chunk(groups)
-    errors = [output_error_of(moments, g, centred) for g in range(groups)]
-    found = sum(float(error.of(v).sum()) for error, v in zip(errors, values, strict=True))
-    energy = sum(float(error.energy.sum()) for error in errors)
-    return max(found, 0.0) / (energy or 1.0)
-
-
 def output_error_of(moments: Moments, group: int, centred: bool) -> OutputError:
     """Return the output error of a group of rows, its mean left out if a bias takes that up."""
     hessian, goal, energy = moments.hessian[group], moments.goal[group], moments.energy[group]

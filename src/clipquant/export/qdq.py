@@ -1,0 +1,186 @@
+"""onnxruntime's own static quantization (QDQ), told the artifact's scales and what to make of ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from clipquant.export.capture import quiet
+from clipquant.export.example import Example
+from clipquant.export.onnx import feeds
+from clipquant.quant.grid import dequantize
+from clipquant.quant.model import QuantizedWeights
+from clipquant.quant.spec import QuantizedTensor
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime as ort
+
+CALIBRATION = ("MinMax", "Percentile", "Entropy")
+
+
+@dataclass(frozen=True)
+class QdqFile:
+    """An ONNX file with weights and activations in 8 bits.
+
+    Args:
+        method: How its activation ranges were calibrated, of `CALIBRATION`.
+        data: Its bytes.
+        kept: Weights whose codes and scales are the artifact's.
+    """
+
+    method: str
+    data: bytes
+    kept: frozenset[str]
+
+
+def open_session_int8(file: bytes | str | Path, threads: int | None = None) -> ort.InferenceSession:
+    """Return an onnxruntime session that computes in int8 where the file says so."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    source = file if isinstance(file, bytes) else str(file)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def quantize_qdq(
+    source: Path, method: str, weights: QuantizedWeights, batches: Sequence[Example]
+) -> QdqFile:
+    """Return a float ONNX file in QDQ form, its ranges calibrated on batches.
+
+    Args:
+        source: The float file; others are written beside it.
+        method: Of `CALIBRATION`.
+        weights: The artifact's, whose codes are kept where the form can hold them.
+        batches: Calls whose activations set the ranges.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    target = source.with_name(f"{method}.onnx")
+    session = open_session_int8(source)
+    given = [feeds(session, batch) for batch in batches]
+    scales, kept = _weights(onnx.load(source).graph, weights)
+    with quiet():
+        ranges = _calibrate(source, method, given)
+        quantize_static(
+            source,
+            target,
+            _reader(given[:1]),  # names what is calibrated; the ranges are given
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={
+                "WeightSymmetric": True,
+                "TensorQuantOverrides": _activations(ranges) | scales,
+            },
+        )
+    return QdqFile(method, target.read_bytes(), kept)
+
+
+def _calibrate(source: Path, method: str, given: Sequence[Mapping[str, np.ndarray]]) -> Any:
+    """Return the range of each activation, batch after batch."""
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import create_calibrator
+
+    calibrator = create_calibrator(
+        source,
+        augmented_model_path=str(source.with_name(f"{method}.augmented")),
+        calibrate_method=CalibrationMethod[method],
+    )
+    for fed in given:  # the collectors stack the batches of one call, which may differ in size
+        calibrator.collect_data(_reader([fed]))
+    return calibrator.compute_data()
+
+
+def _reader(given: Sequence[Mapping[str, np.ndarray]]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Batches(CalibrationDataReader):  # type: ignore[misc]
+        """The batches, once."""
+
+        def __init__(self) -> None:
+            self.rest = iter(given)
+
+        def get_next(self) -> Mapping[str, np.ndarray] | None:
+            return next(self.rest, None)
+
+    return Batches()
+
+
+def _activations(ranges: Any) -> dict[str, list[dict[str, Any]]]:
+    """Return each activation's range, twice as wide upwards, so that its codes end at 127."""
+    overrides = {}
+    for name, tensor in ranges.items():
+        low, high = (float(np.min(end)) for end in tensor.range_value)
+        low, high = min(low, 0.0), max(high, 0.0)
+        bounds = {"rmin": np.float32(low), "rmax": np.float32(low + (high - low) * 255 / 127)}
+        overrides[name] = [bounds]
+    return overrides
+
+
+def _weights(
+    graph: onnx.GraphProto, weights: QuantizedWeights
+) -> tuple[dict[str, list[dict[str, Any]]], frozenset[str]]:
+    """Return the artifact's scales of what the file can hold by them, and the weights that are so kept.
+
+    What a Gather reads is not: onnxruntime gives its output the table's scales, and those of single
+    rows fit no output.
+    """
+    from onnx import numpy_helper
+
+    arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    overrides: dict[str, list[dict[str, Any]]] = {}
+    kept: set[str] = set()
+    for key, tensor in weights.tensors.items():
+        if not keeps_codes(tensor):
+            continue
+        places = list(_places(key, tensor, arrays))
+        fit = [p for p in places if p[0] not in tables or tensor.scale.numel() == 1]
+        overrides |= {name: _scales(tensor, axis) for name, axis in fit}
+        if places and len(fit) == len(places):
+            kept.add(key)
+    return overrides, frozenset(kept)
+
+
+def _scales(tensor: QuantizedTensor, axis: int) -> list[dict[str, Any]]:
+    from onnxruntime.quantization import QuantType
+
+    scales = tensor.scale.float().numpy().reshape(-1)
+    common: dict[str, Any] = {
+        "quant_type": QuantType.QInt8,
+        "zero_point": np.array(0, dtype=np.int8),
+    }
+    if len(scales) > 1:
+        common["axis"] = axis
+    return [{"scale": np.array(scale), **common} for scale in scales]
+
+
+def _places(
+    key: str, tensor: QuantizedTensor, arrays: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, int]]:
+    """Yield each initializer that is a weight or its transpose, under any name, and its channel axis."""
+    axis, weight = tensor.layout.axis, dequantize(tensor).float().numpy()
+    for name, array in arrays.items():
+        if name == key or np.array_equal(array, weight):
+            yield name, axis
+        elif weight.ndim == 2 and np.array_equal(array, weight.T):
+            yield name, 1 - axis
+
+
+def keeps_codes(tensor: QuantizedTensor) -> bool:
+    """Return whether an int8 file can hold exactly the artifact's codes of a weight."""
+    if isinstance(tensor.bits, Tensor) or tensor.bits != 8:
+        return False
+    narrow = tensor.symmetric and tensor.levels == 254
+    return narrow and tensor.scale.shape[1] == 1 and tensor.layout.groups == 1
