@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from clipquant.export import Example
+from clipquant.quant.model import quantize_weights
 
 
 class Zoo(nn.Module):
@@ -39,6 +40,36 @@ def zoo():
 @pytest.fixture
 def ids():
     return Example((torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(0)),))
+
+
+class EveryWidth(nn.Module):
+    """An embedding, a convolution and a linear layer of each width from 1 to 8 bits, an output of each."""
+
+    def __init__(self):
+        super().__init__()
+        widths = range(1, 9)
+        self.embedding = nn.ModuleDict({str(b): nn.Embedding(11, 12) for b in widths})
+        self.conv = nn.ModuleDict({str(b): nn.Conv1d(12, 6, 2) for b in widths})
+        self.linear = nn.ModuleDict({str(b): nn.Linear(12, 5) for b in widths})
+
+    def forward(self, ids):
+        outputs = {}
+        for b, embedding in self.embedding.items():
+            h = outputs[f"embedding{b}"] = embedding(ids)
+            outputs[f"conv{b}"] = self.conv[b](h.transpose(1, 2))
+            outputs[f"linear{b}"] = self.linear[b](h)
+        return outputs
+
+
+@pytest.fixture(params=["channel", 5], ids=["channels", "groups"])
+def every_width(request):
+    """The model and its weights, each layer's of its own width."""
+    torch.manual_seed(0)
+    model = EveryWidth().eval()
+    overrides = {f"*.{b}.weight": b for b in range(1, 9)}
+    weights = quantize_weights(model, granularity=request.param, method="rtn", overrides=overrides)
+    assert [t.bits for t in weights.tensors.values()] == [*range(1, 9)] * 3
+    return model, weights
 
 
 @pytest.fixture

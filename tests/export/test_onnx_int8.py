@@ -38,13 +38,32 @@ def stored(path):
     return {i.name: numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
 
 
-def test_codes_are_the_artifacts_where_it_holds_8_bits_symmetric(model, tmp_path):
+def enough(forward):
+    """A judge that takes the first calibration method."""
+    return Judgement(0.0, {})
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """One export of the small model: its weights, file, record, and what the judge saw."""
+    torch.manual_seed(0)
+    model, seen = Small().eval(), []
+
+    def judge(forward):
+        seen.append(forward(batches()[0].args[0]))
+        return Judgement(0.0, {})
+
+    path = tmp_path_factory.mktemp("int8") / "a.onnx"
     weights = quantize_weights(model, 8)
-    example = batches()[0]
-    export_onnx_int8(model, weights, example, tmp_path / "a.onnx", calibration=batches())
-    found = {
-        k: v for k, v in stored(tmp_path / "a.onnx").items() if v.dtype == np.int8 and v.size > 8
-    }
+    record = export_onnx_int8(
+        model, weights, batches()[0], path, calibration=batches(), judge=judge, max_drop=1.0
+    )
+    return model, weights, path, record, seen
+
+
+def test_codes_are_the_artifacts_where_it_holds_8_bits_symmetric(exported):
+    _, weights, path, _, _ = exported
+    found = {k: v for k, v in stored(path).items() if v.dtype == np.int8 and v.size > 8}
     for name, tensor in weights.tensors.items():
         codes = tensor.codes.numpy().astype(int) - 127
         shape = tensor.layout.shape
@@ -63,16 +82,16 @@ def test_scales_that_leave_the_last_code_unused_are_kept_too(model, tmp_path):
     tensor = weights.tensors["conv.weight"]
     few = replace(tensor, codes=tensor.codes.clamp(27, 227))
     weights = replace(weights, tensors={**weights.tensors, "conv.weight": few})
-    export_onnx_int8(model, weights, batches()[0], tmp_path / "a.onnx", calibration=batches())
+    export_onnx_int8(
+        model, weights, batches()[0], tmp_path / "a.onnx", calibration=batches(),
+        judge=enough, max_drop=1.0,
+    )  # fmt: skip
     codes = stored(tmp_path / "a.onnx")["conv.weight_quantized"]
     assert np.array_equal(codes.reshape(8, 9), few.codes.numpy().astype(int) - 127)
 
 
-def test_activations_take_codes_whose_products_cannot_overflow(model, tmp_path):
-    export_onnx_int8(
-        model, quantize_weights(model, 8), batches()[0], tmp_path / "a.onnx", calibration=batches()
-    )
-    arrays = stored(tmp_path / "a.onnx")
+def test_activations_take_codes_whose_products_cannot_overflow(exported):
+    arrays = stored(exported[2])
     low, high = (
         float(f(b.args[0] for b in batches()))
         for f in (lambda xs: min(x.min() for x in xs), lambda xs: max(x.max() for x in xs))
@@ -111,22 +130,8 @@ def test_without_a_drop_the_best_of_the_three_is_taken(model, tmp_path):
     assert "rounded to int8 again: conv.weight" in record.notes[1]
 
 
-def test_the_judge_sees_a_forward_of_the_models_own_form(model, tmp_path):
-    seen = []
-
-    def judge(forward):
-        seen.append(forward(batches()[0].args[0]))
-        return Judgement(0.0, {})
-
-    record = export_onnx_int8(
-        model,
-        quantize_weights(model, 8),
-        batches()[0],
-        tmp_path / "a.onnx",
-        calibration=batches(),
-        judge=judge,
-        max_drop=1.0,
-    )
+def test_the_judge_sees_a_forward_of_the_models_own_form(exported):
+    model, _, _, record, seen = exported
     expected = batches()[0].run(model)["logits"]
     assert seen[0]["logits"].shape == (8, 4)
     assert float((seen[0]["logits"] - expected).abs().max()) < 0.1 * float(expected.abs().max())
@@ -144,8 +149,9 @@ def test_without_a_judge_the_best_by_distance_is_taken_and_that_is_said(model, t
 
 def test_a_table_that_is_tied_to_a_decoder_takes_one_scale(zoo, ids, tmp_path):
     record = export_onnx_int8(
-        zoo, quantize_weights(zoo, 8), ids, tmp_path / "a.onnx", calibration=[ids]
-    )
+        zoo, quantize_weights(zoo, 8), ids, tmp_path / "a.onnx", calibration=[ids],
+        judge=enough, max_drop=1.0,
+    )  # fmt: skip
     assert any("tables that are looked up" in n and "embedding.weight" in n for n in record.notes)
     outputs = ids.run(zoo)
     assert record.difference < 0.2 * max(float(t.abs().max()) for t in outputs.values())
@@ -156,8 +162,9 @@ def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):
         "clipquant.export.onnx_int8.interleaved_medians", lambda calls: {"float": 1.0, "int8": 2.0}
     )
     record = export_onnx_int8(
-        model, quantize_weights(model, 8), batches()[0], tmp_path / "a.onnx", calibration=batches()
-    )
+        model, quantize_weights(model, 8), batches()[0], tmp_path / "a.onnx",
+        calibration=batches(), judge=enough, max_drop=1.0,
+    )  # fmt: skip
     assert any(note.startswith("WARNING: int8 is slower than float here") for note in record.notes)
     assert record.latency["batch 1, ratio"] == 2.0
 
@@ -168,6 +175,27 @@ def test_batches_of_different_sizes_calibrate(model, tmp_path):
         model, quantize_weights(model, 8), short[0], tmp_path / "a.onnx", calibration=short
     )
     assert record.difference < 0.1
+
+
+def test_a_calibration_that_fails_is_told_and_another_taken(model, tmp_path, monkeypatch):
+    from clipquant.export import onnx_int8
+
+    def fails(source, method, weights, given, real=onnx_int8.quantize_qdq):
+        if method != "Percentile":
+            raise ValueError(f"too many bins for {method}")
+        return real(source, method, weights, given)
+
+    monkeypatch.setattr(onnx_int8, "quantize_qdq", fails)
+    asked = {"calibration": batches(), "judge": enough, "max_drop": None}
+    weights = quantize_weights(model, 8)
+    record = export_onnx_int8(model, weights, batches()[0], tmp_path / "a.onnx", **asked)
+    assert record.notes[0] == "activation ranges by Percentile"
+    assert [
+        f"{m} calibration failed: ValueError: too many bins for {m}" for m in ("MinMax", "Entropy")
+    ] == [note for note in record.notes if "failed" in note]
+    monkeypatch.setattr("clipquant.export.onnx_int8.CALIBRATION", ("MinMax",))
+    with pytest.raises(ExportError, match=r"no calibration gave ranges: MinMax .* too many bins"):
+        export_onnx_int8(model, weights, batches()[0], tmp_path / "b.onnx", **asked)
 
 
 def test_no_calibration_data_is_refused(model, tmp_path):

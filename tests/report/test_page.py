@@ -99,7 +99,7 @@ def test_page_says_everything_once_it_is_known() -> None:
         "Budget met: drop at most 0.03 and at most 2,500 bytes",
         "val_acc 0.91 to 0.89",
         "float 0.3, same batches",
-        "1.50 ms",
+        "1.5 ms",
         "batch 32, 2 threads",
         "ab" * 32,
         "16 batches of the train dataloader",

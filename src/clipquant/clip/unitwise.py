@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from clipquant.clip.blocks import blocks
-from clipquant.clip.norms import EXACT, norms_of_owners, value_norms, vector_norm
+from clipquant.clip.blocks import Block, blocks, gather_norms
+from clipquant.clip.norms import EXACT, value_norms, vector_norm
 from clipquant.clip.plans import Outcome, ScaleUnits
 from clipquant.clip.shards import local_values, reduce_parts, sharded_dims
 
@@ -89,25 +89,19 @@ def scale_units_(grads: Sequence[Tensor], params: Sequence[Tensor], plan: ScaleU
             scaled.append(_scale_plain_(members, grads, params, plan))
         odd = (i for i in block.owners if not plain[i])
         scaled.extend(_scale_odd_(i, grads[i], params[i], plan) for i in odd)
-    owners = torch.tensor([i for each in scaled for i in each.owners], dtype=torch.int64)
-    sizes = torch.tensor([n for each in scaled for n in each.sizes], dtype=torch.int64)
-    owner_of = owners.repeat_interleave(sizes).to(grads[0].device)
-    before = norms_of_owners(torch.cat([each.units for each in scaled]), owner_of, len(grads))
-    clipped, finite = any(each.clipped for each in scaled), all(map(math.isfinite, before.tolist()))
-    if not clipped:
-        return Outcome(False, finite, before, before)
-    after = torch.cat([each.units_after for each in scaled])
-    return Outcome(True, finite, before, norms_of_owners(after, owner_of, len(grads)))
+    before = gather_norms([(each.block, each.before) for each in scaled], len(grads), 2.0)
+    after = gather_norms([(each.block, each.after) for each in scaled], len(grads), 2.0)
+    finite = all(map(math.isfinite, before.tolist()))
+    return Outcome(any(each.clipped for each in scaled), finite, before, after)
 
 
 @dataclass(frozen=True)
 class _Scaled:
-    """What was done to some gradients: the norm of each unit before and after, and how many units each has."""
+    """What was done to some gradients, and the norm of each before and after."""
 
-    owners: Sequence[int]
-    sizes: Sequence[int]
-    units: Tensor
-    units_after: Tensor
+    block: Block
+    before: Tensor
+    after: Tensor
     clipped: bool
 
 
@@ -127,10 +121,11 @@ def _scale_plain_(
         # Maybe only squares that overflow.
         units = torch.cat([unit_norms(grad.double()).flatten() for grad in own])
         coefficients = unit_coefficients(units, weight_norms, plan)
+    block, before = Block(tuple(members), ()), _norms_of_units(units, sizes)
     if least >= 1:
-        return _Scaled(members, sizes, units, units, clipped=False)
+        return _Scaled(block, before, before, clipped=False)
     _multiply_(own, coefficients, sizes)
-    return _Scaled(members, sizes, units, units * coefficients, clipped=True)
+    return _Scaled(block, before, _norms_of_units(units * coefficients, sizes), clipped=True)
 
 
 def _scale_odd_(owner: int, grad: Tensor, param: Tensor, plan: ScaleUnits) -> _Scaled:
@@ -145,7 +140,15 @@ def _scale_odd_(owner: int, grad: Tensor, param: Tensor, plan: ScaleUnits) -> _S
     if clipped:
         values.mul_(coefficients.to(values.dtype))
         after = value_norms([values])
-    return _Scaled([owner], [1], before, after, clipped)
+    return _Scaled(Block((owner,), ()), before, after, clipped)
+
+
+def _norms_of_units(units: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the norm of each gradient from those of its units, which lie side by side; finite where those are."""
+    # One call a gradient rather than an index for each unit: that would wake all threads for little work.
+    total = torch.stack(list(torch._foreach_norm(units.double().split(list(sizes)), 2.0)))
+    result = total.to(units.dtype)
+    return total if math.inf in result.tolist() else result
 
 
 def _multiply_(grads: Sequence[Tensor], coefficients: Tensor, sizes: Sequence[int]) -> None:

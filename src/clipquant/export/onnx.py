@@ -265,13 +265,14 @@ def _name_batch(graph: ir.Graph) -> None:
     import onnx_ir as ir
 
     shapes = [v.shape for v in graph.inputs if v.shape is not None and len(v.shape)]
-    old = next((s[0].value for s in shapes if isinstance(s[0], ir.SymbolicDim)), None)
+    old = next((s[0].value for s in shapes if isinstance(s[0], ir.SymbolicDim)), "batch")
     produced = (value for node in graph.all_nodes() for value in node.outputs)
     for value in [*graph.inputs, *produced]:
-        shape = value.shape if value.shape is not None else ir.Shape(())
-        for axis, size in enumerate(shape):
-            if isinstance(size, ir.SymbolicDim) and size.value == old:
-                shape[axis] = "batch"
+        if value.shape is not None:  # shapes may be shared and frozen: each value gets its own
+            sizes = [
+                size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape
+            ]
+            value.shape = ir.Shape(["batch" if size == old else size for size in sizes])
 
 
 def _widened(weights: QuantizedWeights, names: Iterable[str], opset: int) -> Iterator[str]:

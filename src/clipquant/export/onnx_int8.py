@@ -55,6 +55,7 @@ class Judgement:
 class _Candidate:
     file: QdqFile
     judgement: Judgement
+    failures: list[str]  # of the calibration methods that gave no ranges
 
 
 def export_onnx_int8(
@@ -119,7 +120,7 @@ def export_onnx_int8(
     session, check = open_session_int8(data), captured.check
     actual = runner(session, outputs)(*check.args, **check.kwargs)
     by = _by_distance(chosen.judgement) if judge is None else ()
-    notes = (*captured.notes, *_notes(chosen.file, weights, latency), *by)
+    notes = (*captured.notes, *_notes(chosen.file, weights, latency), *by, *chosen.failures)
     return ExportRecord(
         "onnx-int8",
         str(path),
@@ -188,14 +189,21 @@ def _choose(
     judge: Callable[[Forward], Judgement],
     max_drop: float | None,
 ) -> _Candidate:
-    """Return the first calibration method within `max_drop`, or the best of all."""
+    """Return the first calibration method within `max_drop`, or the best of all that gave ranges."""
     candidates: list[_Candidate] = []
+    failures: list[str] = []
     for method in CALIBRATION:
-        file = quantize_qdq(source, method, weights, batches)
+        try:
+            file = quantize_qdq(source, method, weights, batches)
+        except Exception as error:  # a collector may choke on what an activation holds
+            failures.append(f"{method} calibration failed: {reason(error)}")
+            continue
         judgement = judge(runner(open_session_int8(file.data), outputs))
-        candidates.append(_Candidate(file, judgement))
+        candidates.append(_Candidate(file, judgement, failures))
         if max_drop is not None and judgement.drop <= max_drop:
             return candidates[-1]
+    if not candidates:
+        raise ExportError(f"no calibration gave ranges: {'; '.join(failures)}")
     return min(candidates, key=lambda candidate: candidate.judgement.drop)
 
 

@@ -91,8 +91,8 @@ def _tiles(report: QuantizationReport) -> list[str]:
     ]
     timed = report.latency
     if timed is not None:
-        note = f"float {timed.float_ms:.2f} ms; {timed.what}, batch {timed.batch}, {timed.threads} threads"
-        tiles.append(_tile("median latency", f"{timed.quantized_ms:.2f} ms", note))
+        note = f"float {timed.float_ms:.3g} ms; {timed.what}, batch {timed.batch}, {timed.threads} threads"
+        tiles.append(_tile("median latency", f"{timed.quantized_ms:.3g} ms", note))
     return tiles
 
 
