@@ -59,7 +59,7 @@ def packed_copy(model: nn.Module, weights: QuantizedWeights) -> nn.Module:
     """Return a copy of `model` in eval mode that holds the quantized weights packed.
 
     Its outputs are those of the model with the dequantized weights: bit for bit from layers of up to
-    2**18 weights, and from all that do not multiply, such as embeddings. A larger layer multiplies a
+    2**17 weights, and from all that do not multiply, such as embeddings. A larger layer multiplies a
     block of output channels at a time, whose sums the processor may take in another order.
 
     >>> from clipquant.quant.model import quantize_weights

@@ -124,7 +124,7 @@ class PackedWeight(nn.Module):
     def blocks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """Yield which rows, and their weights (rows, columns), in the order in which they are held.
 
-        A block has at most 2**18 weights, or eight rows where those are more, and begins on a byte.
+        A block has at most 2**17 weights, or eight rows where those are more, and begins on a byte.
         """
         held = None if self.order is None else torch.argsort(self.order)
         first = 0
