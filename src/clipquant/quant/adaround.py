@@ -21,11 +21,7 @@ from clipquant.quant.solve import Solution
 from clipquant.quant.spec import QuantSpec
 
 STEPS = 200
-_RATES = {
-    "offset": 2e-2,
-    "grid": 1e-3,
-    "bias": 1e-3,
-}  # of Adam: in steps, in logs of scale, in outputs
+_BIAS_RATE = 1e-3  # of Adam, in outputs that inputs of unit variance give
 _ALLOWED = 0.9  # of plain rounding's error in a layer's own outputs, before the penalty sets in
 _KEPT = 1 << 28  # bytes of float outputs kept for the next pass over the data; others are made anew
 
@@ -123,10 +119,10 @@ class _Network:
             twin(model), twin(start.model), own, forward, roundings, biases, units, deltas, last
         )
 
-    def leaves(self) -> list[tuple[str, Tensor]]:
-        """Return what is learned, each with the name of its rate."""
+    def leaves(self) -> list[tuple[float, Tensor]]:
+        """Return what is learned, each with its rate."""
         found = [leaf for rounding in self.roundings.values() for leaf in rounding.leaves()]
-        return found + [("bias", delta) for delta in self.deltas.values()]
+        return found + [(_BIAS_RATE, delta) for delta in self.deltas.values()]
 
     def biases_now(self) -> dict[str, Tensor]:
         return {
@@ -185,7 +181,7 @@ def _learn(
 ) -> None:
     leaves = network.leaves()
     tensors = [leaf.requires_grad_(True) for _, leaf in leaves]
-    groups = [{"params": [leaf], "lr": _RATES[kind], "peak": _RATES[kind]} for kind, leaf in leaves]
+    groups = [{"params": [leaf], "lr": rate, "peak": rate} for rate, leaf in leaves]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
     order: list[int] = []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipquant.quant.grid import Grid, symmetric_zero
 
+_OFFSET_RATE, _GRID_RATE = 8e-2, 8e-3  # of Adam, over the number of codes
 _REACH = 1.0  # steps that a code may move from where its float weight lies
 
 
@@ -62,12 +63,13 @@ class Rounding:
         with torch.no_grad():
             self.offset.clamp_(-self.reach, self.reach)
 
-    def leaves(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what is learned, each with the name of its rate."""
-        yield "offset", self.offset
-        yield "grid", self.stretch
+    def leaves(self) -> Iterator[tuple[float, Tensor]]:
+        """Yield what is learned, each with its rate: the same share of the range at every width."""
+        codes = int(torch.as_tensor(self.grid.levels).max()) + 1
+        yield _OFFSET_RATE / codes, self.offset
+        yield _GRID_RATE / codes, self.stretch
         if self.shift is not None:
-            yield "grid", self.shift
+            yield _GRID_RATE / codes, self.shift
 
     def matrix(self) -> Tensor:
         """Return the weights as they stand; gradients pass the rounding straight through."""
