@@ -303,6 +303,7 @@ def test_arguments_that_cannot_be_are_refused_at_once(arguments, text):
 
 INTERRUPTED = """
     import sys, signal, os
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background ignores it
     sys.path.insert(0, {tests!r})
     from callbacks.test_quantize import Small, fit, QuantizeOnFitEnd
     class Slow(Small):
