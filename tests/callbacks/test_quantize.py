@@ -357,3 +357,22 @@ def test_with_two_processes_each_module_holds_what_the_file_holds(tmp_path):
         own = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert all(torch.equal(own[name], value) for name, value in state.items())
     assert done.stdout.count("Quantized") == 1
+
+
+class Normed(Small):
+    def __init__(self):
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm2d(4))
+
+
+def test_batchnorm_follows_weights_rounded_without_data(tmp_path):
+    callbacks = [
+        QuantizeOnFitEnd(2, method="rtn", calibration_batches=n, dirpath=tmp_path / str(n))
+        for n in (0, 2)
+    ]
+    for callback in callbacks:
+        torch.manual_seed(0)
+        fit(callback, tmp_path, Normed())
+    why = [{item.name: item.why for item in c.report.left} for c in callbacks]
+    assert "re-estimated" not in why[0]["net.1.running_mean"]
+    assert "re-estimated" in why[1]["net.1.running_mean"]

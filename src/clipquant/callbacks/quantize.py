@@ -32,6 +32,7 @@ from clipquant.callbacks.quantize_checks import (
 )
 from clipquant.model import QuantizedModel, quantize
 from clipquant.model.auto import AutoBits, check_auto, check_smallest
+from clipquant.quant.batchnorm import batch_norms
 from clipquant.quant.layers import select
 from clipquant.quant.model import CALIBRATED, check_method, method_for, specs_for
 from clipquant.quant.spec import QuantSpec
@@ -229,11 +230,12 @@ bits='auto' with max_drop or max_size to have it chosen.
         return replace(quantized, report=self.report)
 
     def _calibration(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[Any] | None:
-        """Return train batches where a weight's method asks for them; None where none does."""
+        """Return train batches where a weight's method or a BatchNorm asks for them; else None."""
         targets = select(module, self.include, self.exclude).targets
         specs = specs_for(targets, self.spec, self.overrides).values()
         chosen = {method_for(self.method, spec, data=True) for spec in specs}
-        if self.calibration_batches == 0 or not chosen & set(CALIBRATED):
+        wanted = bool(chosen & set(CALIBRATED)) or bool(batch_norms(module))
+        if self.calibration_batches == 0 or not wanted:
             return None
         return take_batches(trainer, self.calibration_batches)
 
