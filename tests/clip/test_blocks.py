@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ def test_every_element_is_in_one_block_and_shares_memory(
     sizes: list[int], split: bool, size: int
 ) -> None:
     tensors = [torch.zeros(n) for n in sizes]
-    for block in blocks(tensors, split, size):
+    with patch("clipquant.clip.blocks._BLOCK", size):
+        found = list(blocks(tensors, split))
+    for block in found:
         assert len(block.values) == 1 or sum(v.numel() for v in block.values) <= size
         assert not split or all(v.numel() <= size for v in block.values)
         for values in block.values:
@@ -33,7 +36,8 @@ def test_norms_of_the_pieces_give_norms_of_the_gradients(
     sizes: list[int], size: int, order: float
 ) -> None:
     tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in sizes]
-    pieces = [(block, value_norms(block.values, order)) for block in blocks(tensors, True, size)]
+    with patch("clipquant.clip.blocks._BLOCK", size):
+        pieces = [(block, value_norms(block.values, order)) for block in blocks(tensors)]
     found = gather_norms(pieces, len(tensors), order)
     expected = [
         float(torch.linalg.vector_norm(t.double(), order)) if len(t) else 0.0 for t in tensors
@@ -42,5 +46,6 @@ def test_norms_of_the_pieces_give_norms_of_the_gradients(
 
 
 def test_a_large_tensor_that_cannot_be_viewed_flat_stays_whole() -> None:
-    (block,) = blocks([torch.zeros(30, 40).t()], True, 100)
+    with patch("clipquant.clip.blocks._BLOCK", 100):
+        (block,) = blocks([torch.zeros(30, 40).t()])
     assert block.values[0].shape == (40, 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -69,6 +70,45 @@ def test_more_gradients_than_one_block_holds() -> None:
     assert outcome.after.tolist() == pytest.approx([float(e.norm()) for e in expected], rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 3e-2, 1.0], ids=["all within", "near", "all beyond"])
+@pytest.mark.parametrize("block", [1 << 20, 5000], ids=["whole", "by rows"])
+def test_long_rows_equal_each_row_by_itself(scale: float, block: int) -> None:
+    # The first eighth of a long row may decide: of the second weight it is zero, of the third it is all there is.
+    torch.manual_seed(0)
+    weights = [torch.randn(70, 1100), torch.randn(66, 1024), torch.zeros(66, 2, 1024)]
+    weights[1][:, :128] = 0
+    weights[2][:, 0, :256] = torch.randn(66, 256)
+    grads = [scale * torch.randn_like(weight) for weight in weights]
+    expected = [reference(g, w, PLAN) for g, w in zip(grads, weights, strict=True)]
+    originals = [g.clone() for g in grads]
+    with patch("clipquant.clip.unitwise._BLOCK", block):
+        outcome = scale_units_(grads, weights, PLAN)
+    for grad, want, original in zip(grads, expected, originals, strict=True):
+        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-9)
+        same = (want == original.double()).flatten(1).all(1)
+        assert torch.equal(grad[same], original[same])
+    assert outcome.clipped == (scale > 1e-4)
+    assert outcome.after.tolist() == pytest.approx([float(e.norm()) for e in expected], rel=1e-5)
+
+
+def test_a_row_beyond_its_limit_is_found_after_a_first_eighth_that_is_large() -> None:
+    weights, grads = torch.zeros(70, 1024), torch.zeros(70, 1024)
+    weights[:, 0] = 1.0
+    grads[:, -1] = 0.04
+    grads[69, -1] = 0.06
+    assert scale_units_([grads], [weights], PLAN).clipped
+    assert grads[:, -1].tolist() == pytest.approx([0.04] * 69 + [0.05])
+
+
+def test_without_measuring_there_are_no_norms() -> None:
+    grads, weights = example(3, 1.0)
+    outcome = scale_units_(grads, weights, PLAN, measure=False)
+    assert outcome.clipped
+    assert outcome.finite
+    assert outcome.before is None
+    assert outcome.after is None
+
+
 @given(st.integers(0, 99), st.floats(1e-3, 10), st.floats(1e-3, 1.0))
 def test_after_scaling_no_unit_is_beyond_its_limit(seed: int, scale: float, ratio: float) -> None:
     grads, weights = example(seed, scale)
@@ -85,6 +125,13 @@ def test_units_whose_squares_overflow_are_scaled_not_zeroed(shape: tuple[int, ..
     outcome = scale_units_([grad], [weight], PLAN)
     assert outcome.finite
     torch.testing.assert_close(grad, torch.full(shape, 0.05), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_reported_in_a_long_row(bad: float) -> None:
+    grads, weights = [torch.zeros(70, 1024)], [torch.ones(70, 1024)]
+    grads[0][69, 1023] = bad
+    assert not scale_units_(grads, weights, PLAN).finite
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -28,13 +28,12 @@ class Block:
     values: tuple[Tensor, ...]
 
 
-def blocks(tensors: Sequence[Tensor], split: bool = True, size: int = _BLOCK) -> Iterator[Block]:
+def blocks(tensors: Sequence[Tensor], split: bool = True) -> Iterator[Block]:
     """Yield all elements of the tensors, each once: small tensors together, large ones alone or in parts.
 
     Args:
         tensors: Gradients of any kind. Those that are not on a CPU come in one block.
         split: Whether a large tensor may come in parts.
-        size: Number of elements that a block should not exceed.
 
     Example:
         >>> tensors = [torch.zeros(2), torch.zeros(3_000_000), torch.zeros(5)]
@@ -46,11 +45,11 @@ def blocks(tensors: Sequence[Tensor], split: bool = True, size: int = _BLOCK) ->
     owners: list[int] = []
     filled = 0
     for i in sorted(range(len(values)), key=lambda i: counts[i] > _SMALL):
-        if owners and filled + counts[i] > size:
+        if owners and filled + counts[i] > _BLOCK:
             yield Block(tuple(owners), tuple(values[owner] for owner in owners))
             owners, filled = [], 0
-        if split and counts[i] > size and values[i].is_contiguous():
-            yield from (Block((i,), (part,)) for part in values[i].view(-1).split(size))
+        if split and counts[i] > _BLOCK and values[i].is_contiguous():
+            yield from (Block((i,), (part,)) for part in values[i].view(-1).split(_BLOCK))
         else:
             owners.append(i)
             filled += counts[i]

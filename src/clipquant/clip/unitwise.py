@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from clipquant.clip.blocks import Block, blocks, gather_norms
-from clipquant.clip.norms import EXACT, value_norms, vector_norm
+from clipquant.clip.norms import EXACT, norms_of_owners, value_norms, vector_norm
 from clipquant.clip.plans import Outcome, ScaleUnits
 from clipquant.clip.shards import local_values, reduce_parts, sharded_dims
 
 _BLOCK = 1 << 20  # elements; with their weights, 8 MB in float32
+_SMALL = 1 << 16  # elements
+_LONG = 1024  # elements of a row; of shorter ones a part takes as long to read as the whole
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
@@ -66,66 +67,139 @@ def unit_coefficients(grad_norms: Tensor, weight_norms: Tensor, plan: ScaleUnits
     Returns:
         Factors in [0, 1], same shape.
     """
-    largest = weight_norms.clamp(min=plan.eps) * plan.ratio
-    return (largest / grad_norms.clamp(min=1e-6)).clamp(max=1.0)
+    largest = weight_norms.clamp(min=plan.eps).mul_(plan.ratio)
+    return largest.div(grad_norms.clamp(min=1e-6)).clamp_(max=1.0)
 
 
-def scale_units_(grads: Sequence[Tensor], params: Sequence[Tensor], plan: ScaleUnits) -> Outcome:
+def scale_units_(
+    grads: Sequence[Tensor], params: Sequence[Tensor], plan: ScaleUnits, measure: bool = True
+) -> Outcome:
     """Scale each unit of each gradient in place; the norms of gradients follow from those of their units.
 
     Args:
         grads: Gradients of any kind.
         params: Their weights, in the same order.
         plan: Ratio and smallest weight norm.
+        measure: Whether to return norms.
 
     Returns:
-        The outcome on this process, with norms of order 2.
+        The outcome on this process, with norms of order 2 where asked for.
     """
     plain = [_is_plain(g) and _is_plain(p) for g, p in zip(grads, params, strict=True)]
     scaled: list[_Scaled] = []
-    for block in blocks(grads, split=False, size=_BLOCK):
-        members = [i for i in block.owners if plain[i]]
-        if members:
-            scaled.append(_scale_plain_(members, grads, params, plan))
-        odd = (i for i in block.owners if not plain[i])
-        scaled.extend(_scale_odd_(i, grads[i], params[i], plan) for i in odd)
-    before = gather_norms([(each.block, each.before) for each in scaled], len(grads), 2.0)
-    after = gather_norms([(each.block, each.after) for each in scaled], len(grads), 2.0)
-    finite = all(map(math.isfinite, before.tolist()))
-    return Outcome(any(each.clipped for each in scaled), finite, before, after)
+    for group in _grouped(grads, params, plain):
+        # A part of the weights decides only where nothing is clipped, and is read for nothing elsewhere.
+        hopeful = not scaled or not scaled[-1].clipped
+        scaled.append(_scale_pieces_(group, plan, hopeful))
+    scaled += [
+        _scale_odd_(i, grads[i], params[i], plan)
+        for i, is_plain in enumerate(plain)
+        if not is_plain
+    ]
+    clipped = any(each.clipped for each in scaled)
+    finite = all(each.finite for each in scaled)
+    if not measure:
+        return Outcome(clipped, finite)
+    before = _norms_of_grads([(each.owners, each.before) for each in scaled], len(grads))
+    if not clipped:
+        return Outcome(clipped, finite, before, before)
+    after = _norms_of_grads([(each.owners, each.after) for each in scaled], len(grads))
+    return Outcome(clipped, finite, before, after)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A gradient or some of its rows, the same part of its weight, and which gradient it is."""
+
+    owner: int
+    grad: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
 class _Scaled:
-    """What was done to some gradients, and the norm of each before and after."""
+    """What was done to some units.
 
-    block: Block
+    Args:
+        owners: Gradients, and how many of the units each has, in order.
+        before: Norm of each unit before.
+        after: The same after; `before` itself where nothing was changed.
+        finite: Whether all were finite.
+    """
+
+    owners: Sequence[tuple[int, int]]
     before: Tensor
     after: Tensor
-    clipped: bool
+    finite: bool
+
+    @property
+    def clipped(self) -> bool:
+        return self.after is not self.before
 
 
-def _scale_plain_(
-    members: Sequence[int], grads: Sequence[Tensor], params: Sequence[Tensor], plan: ScaleUnits
-) -> _Scaled:
+def _grouped(
+    grads: Sequence[Tensor], params: Sequence[Tensor], plain: Sequence[bool]
+) -> Iterator[list[_Piece]]:
+    """Yield dense gradients: small ones together, large ones by rows, so that scaling finds them in the cache.
+
+    Of other devices than a CPU all come together: there, each group costs a wait for the device.
+    """
+    together: dict[torch.device, list[_Piece]] = {}
+    filled = 0
+    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        if not plain[i]:
+            continue
+        if grad.is_cpu and grad.ndim > 1 and grad.numel() > _SMALL:
+            rows = max(1, _BLOCK * len(grad) // grad.numel())
+            whole = rows >= len(grad)
+            parts = (
+                [(grad, param)] if whole else zip(grad.split(rows), param.split(rows), strict=True)
+            )
+            yield from ([_Piece(i, *part)] for part in parts)
+            continue
+        if filled > _BLOCK and grad.is_cpu:
+            yield together.pop(grad.device)
+            filled = 0
+        together.setdefault(grad.device, []).append(_Piece(i, grad, param))
+        filled += grad.numel() if grad.is_cpu else 0
+    yield from together.values()
+
+
+def _scale_pieces_(pieces: list[_Piece], plan: ScaleUnits, hopeful: bool) -> _Scaled:
     """Scale dense gradients of one device: the coefficients of all their units are one vector."""
-    members = sorted(members, key=lambda i: grads[i].ndim < 2)
-    own, weights = [grads[i] for i in members], [params[i] for i in members]
-    weight_norms, sizes = _unit_vector(weights)
-    units, _ = _unit_vector(
-        own
-    )  # last, so that the gradients are in the cache when they are scaled
-    coefficients = unit_coefficients(units, weight_norms, plan)
-    least = coefficients.min().item() if coefficients.numel() else 1.0
-    if not least > 0 and bool(units.isinf().any()):
-        # Maybe only squares that overflow.
-        units = torch.cat([unit_norms(grad.double()).flatten() for grad in own])
-        coefficients = unit_coefficients(units, weight_norms, plan)
-    block, before = Block(tuple(members), ()), _norms_of_units(units, sizes)
+    pieces = sorted(pieces, key=lambda piece: piece.grad.ndim < 2)
+    units, sizes = _unit_vector([piece.grad for piece in pieces])
+    owners = [(piece.owner, size) for piece, size in zip(pieces, sizes, strict=True)]
+    hopeful = hopeful and len(pieces) == 1
+    if units.numel() == 0 or (hopeful and _are_within(units, pieces[0].weight, plan)):
+        return _Scaled(owners, units, units, finite=True)
+    weights, _ = _unit_vector([piece.weight for piece in pieces])
+    coefficients = unit_coefficients(units, weights, plan)
+    least, finite = coefficients.min().item(), True
+    if not least > 0:
+        if bool(units.isinf().any()):  # maybe only squares that overflow
+            units = torch.cat([unit_norms(piece.grad.double()).flatten() for piece in pieces])
+            coefficients = unit_coefficients(units, weights, plan)
+        finite = bool(units.isfinite().all())
     if least >= 1:
-        return _Scaled(block, before, before, clipped=False)
-    _multiply_(own, coefficients, sizes)
-    return _Scaled(block, before, _norms_of_units(units * coefficients, sizes), clipped=True)
+        return _Scaled(owners, units, units, finite)
+    _multiply_([piece.grad for piece in pieces], coefficients, sizes)
+    return _Scaled(owners, units, units * coefficients, finite)
+
+
+def _are_within(units: Tensor, weight: Tensor, plan: ScaleUnits) -> bool:
+    """Return whether the first eighth of each long row alone shows that no unit is beyond its limit.
+
+    The norm of a row is at least that of a part of it; this saves reading most of the weights in most steps. False
+    means only that the whole rows have to be asked.
+    """
+    if weight.ndim < 2 or weight.numel() < _LONG * len(weight):
+        return False
+    if not (weight.is_contiguous() and weight.is_cpu):
+        return False
+    rows = weight.view(len(weight), -1)
+    part: Tensor = torch.linalg.vector_norm(rows[:, : rows.shape[1] // 8], 2, dim=1)
+    return bool((units <= part.clamp_(min=plan.eps).mul_(plan.ratio)).all())
 
 
 def _scale_odd_(owner: int, grad: Tensor, param: Tensor, plan: ScaleUnits) -> _Scaled:
@@ -136,40 +210,42 @@ def _scale_odd_(owner: int, grad: Tensor, param: Tensor, plan: ScaleUnits) -> _S
         values = local_values(grad)
         coefficients = unit_coefficients(unit_norms(grad), unit_norms(param), plan)
     before = after = value_norms([values])
-    clipped = values.numel() > 0 and not bool((coefficients >= 1).all())
-    if clipped:
+    if values.numel() > 0 and not bool((coefficients >= 1).all()):
         values.mul_(coefficients.to(values.dtype))
         after = value_norms([values])
-    return _Scaled(Block((owner,), ()), before, after, clipped)
+    return _Scaled([(owner, 1)], before, after, math.isfinite(before.item()))
 
 
-def _norms_of_units(units: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the norm of each gradient from those of its units, which lie side by side; finite where those are."""
-    # One call a gradient rather than an index for each unit: that would wake all threads for little work.
-    total = torch.stack(list(torch._foreach_norm(units.double().split(list(sizes)), 2.0)))
-    result = total.to(units.dtype)
-    return total if math.inf in result.tolist() else result
+def _norms_of_grads(
+    units: Sequence[tuple[Sequence[tuple[int, int]], Tensor]], count: int
+) -> Tensor:
+    """Return the norm of each gradient from those of its units."""
+    if not units:
+        return torch.zeros(0)
+    home = units[0][1].device
+    owners, sizes = zip(*(owner for own, _ in units for owner in own), strict=True)
+    owner_of_unit = torch.tensor(owners).repeat_interleave(torch.tensor(sizes))
+    norms = torch.cat([norms.to(home) for _, norms in units])
+    return norms_of_owners(norms, owner_of_unit.to(home), count)
 
 
 def _multiply_(grads: Sequence[Tensor], coefficients: Tensor, sizes: Sequence[int]) -> None:
     """Multiply gradients by the coefficients of their units; those of one unit, which come last, all in one call."""
-    vectors: list[Tensor] = []
-    for grad, own in zip(grads, coefficients.split(list(sizes)), strict=True):
-        if grad.ndim > 1:
-            grad.mul_(own.view(-1, *[1] * (grad.ndim - 1)).to(grad.dtype))
-        else:
-            vectors.append(grad)
+    vectors = [grad for grad in grads if grad.ndim < 2]
+    own = coefficients.split(list(sizes)) if len(grads) > 1 else [coefficients]
+    for grad, factors in zip(grads[: len(grads) - len(vectors)], own, strict=False):
+        grad.mul_(factors.view(-1, *[1] * (grad.ndim - 1)).to(grad.dtype))
     if vectors:
         torch._foreach_mul_(vectors, coefficients[-len(vectors) :].tolist())
 
 
 def _unit_vector(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Return the norms of all units in one vector, and each tensor's number of units; tensors of one unit come last."""
-    rows = [_row_norms(tensor) for tensor in tensors if tensor.ndim > 1]
-    vectors = [tensor for tensor in tensors if tensor.ndim < 2]
-    sizes = [*map(Tensor.numel, rows), *[1] * len(vectors)]
-    whole = [torch.stack(list(torch._foreach_norm(vectors, 2.0)))] if vectors else []
-    return torch.cat([*rows, *whole]), sizes
+    norms = [_row_norms(tensor) for tensor in tensors if tensor.ndim > 1]
+    sizes = [*map(Tensor.numel, norms), *[1] * (len(tensors) - len(norms))]
+    if len(norms) < len(tensors):
+        norms.append(torch.stack(list(torch._foreach_norm(list(tensors[len(norms) :]), 2.0))))
+    return norms[0] if len(norms) == 1 else torch.cat(norms), sizes
 
 
 def _row_norms(values: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def carry_out_(
     if isinstance(plan, Clamp):
         outcome = clamp_(grads.tensors, plan, leave, tell, order)
     elif isinstance(plan, ScaleUnits):
-        outcome = scale_units_(grads.tensors, params, plan)
+        outcome = scale_units_(grads.tensors, params, plan, measure=order is not None)
     elif isinstance(plan, Indicate):
         outcome = indicate_(grads.tensors, plan, leave, order)
     else:
