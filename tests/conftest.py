@@ -9,6 +9,7 @@ from pathlib import Path
 # Lightning's log handler keeps the stderr of its first import, which must outlive a single test's.
 import lightning.pytorch  # noqa: F401
 import pytest
+import torch
 from hypothesis import settings
 
 # A loaded machine must not fail an example for its time; CI must find the same examples twice.
@@ -16,30 +17,37 @@ settings.register_profile("clipquant", deadline=None, derandomize=bool(os.enviro
 settings.load_profile("clipquant")
 
 
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _brief_latency(monkeypatch):
+    """Let every fit time its step a few times only: what a test looks at does not depend on how often."""
+    monkeypatch.setattr("clipquant.callbacks.latency.SECONDS", 0.0)
+
+
 @pytest.fixture(scope="session")
 def in_two_processes(tmp_path_factory):
-    """Run a script of checks in two processes; return a function that gives each check's traceback, if any."""
+    """Run every script of checks in two processes, once; return a function that gives a check's traceback, if any."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+    folder = tmp_path_factory.mktemp("two")
+    scripts = sorted(str(path) for path in HERE.rglob("*_checks.py") if path.name[:5] != "test_")
+    logs, started = [], []
+    for rank in (0, 1):
+        logs.append((folder / f"log{rank}").open("w+"))
+        command = [sys.executable, HERE / "two_processes.py", str(rank), folder, *scripts]
+        started.append(subprocess.Popen(command, stdout=logs[-1], stderr=subprocess.STDOUT))
+    for process in started:
+        process.wait(timeout=240)
+    results = []
+    for rank, log in enumerate(logs):
+        log.seek(0)
+        out = folder / f"out{rank}"
+        assert out.exists(), log.read()
+        results.append(json.loads(out.read_text()))
 
-    def run(script):
-        folder = tmp_path_factory.mktemp("two")
-        runner = Path(__file__).parent / "two_processes.py"
-        commands = [
-            [sys.executable, runner, script, str(rank), folder / "store", folder / f"out{rank}"]
-            for rank in (0, 1)
-        ]
-        logs = [(folder / f"log{rank}").open("w+") for rank in (0, 1)]
-        started = [
-            subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-            for command, log in zip(commands, logs, strict=True)
-        ]
-        for process in started:
-            process.wait(timeout=240)
-        results = []
-        for rank, log in enumerate(logs):
-            log.seek(0)
-            out = folder / f"out{rank}"
-            assert out.exists(), log.read()
-            results.append(json.loads(out.read_text()))
-        return lambda check: "".join(result.get(check, "did not run") for result in results)
+    def outcome(script, check):
+        return "".join(result.get(f"{script}:{check}", "did not run") for result in results)
 
-    return run
+    return outcome

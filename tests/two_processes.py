@@ -1,11 +1,12 @@
-"""Runs every function `check_*` of a script in one of two processes that share a gloo group.
+"""Runs every function `check_*` of some scripts in one of two processes that share a gloo group.
 
-Usage: python two_processes.py SCRIPT RANK STORE OUT. What each check came to is written to OUT as JSON: nothing,
-or the traceback. The fixture `in_two_processes` starts both processes.
+Usage: python two_processes.py RANK FOLDER SCRIPT... What each check came to is written to FOLDER/outRANK as JSON:
+nothing, or the traceback. The fixture `in_two_processes` starts both processes.
 """
 
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from datetime import timedelta
@@ -15,30 +16,49 @@ import torch
 import torch.distributed as dist
 
 
-def run(script, rank, store, out):
-    torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("checks", script)
+def tell_lightning():
+    """Let a Trainer of two devices take this process and the group that exists already."""
+    os.environ.update(LOCAL_RANK=str(dist.get_rank()), NODE_RANK="0", WORLD_SIZE="2")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")  # nothing connects
+
+
+def load(script):
+    """Import a script under its own name."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
     checks = importlib.util.module_from_spec(spec)
-    sys.modules["checks"] = checks
+    sys.modules[spec.name] = checks
     spec.loader.exec_module(checks)
+    return checks
+
+
+def outcome(check):
+    """Return nothing, or the traceback of a check that failed."""
+    try:
+        check()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def run(rank, folder, scripts):
+    """Run the checks of all scripts in their order, which is the same in both processes."""
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{folder}/store",
         rank=rank,
         world_size=2,
         timeout=timedelta(seconds=30),
     )
     results = {}
-    for name, check in vars(checks).items():
-        if name.startswith("check_"):
-            try:
-                check()
-                results[name] = ""
-            except Exception:
-                results[name] = traceback.format_exc()
-        Path(out).write_text(json.dumps(results))
+    for script in scripts:
+        for name, check in vars(load(script)).items():
+            if name.startswith("check_"):
+                results[f"{script}:{name}"] = outcome(check)
+                Path(folder, f"out{rank}").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    run(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

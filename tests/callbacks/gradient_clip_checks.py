@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from two_processes import tell_lightning
 
 from clipquant import GradientClipCallback
 from clipquant.clip import AutoClip, Norm, Value
@@ -89,10 +90,7 @@ class Whole(pl.Callback):
 
 def together(strategy, rule, bad_step=None, **settings):
     """Fit over both processes; return the callback, the weights and the trainer."""
-    rank = str(dist.get_rank())
-    os.environ.update(LOCAL_RANK=rank, NODE_RANK="0", WORLD_SIZE="2")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")  # the group exists already, nothing connects
+    tell_lightning()
     callback, whole = GradientClipCallback(rule, **settings), Whole()
     sharded = isinstance(strategy, ModelParallelStrategy)
     trainer = fit(
