@@ -67,11 +67,12 @@ def fit(callback, tmp_path, model=None, callbacks=(), **arguments):
 def digits(tmp_path_factory):
     """TwoConvNet trained on real digits, quantized to 8 bits at the end."""
     pl.seed_everything(1, verbose=False)
-    data, model, callback = MNIST5k(), TwoConvNet(), QuantizeOnFitEnd(8)
+    data, callback = MNIST5k(batch_size=32), QuantizeOnFitEnd(8)
+    model = TwoConvNet(lr=0.002, schedule="one_cycle")  # one epoch suffices
     folder = tmp_path_factory.mktemp("digits")
     trainer = pl.Trainer(
         callbacks=[callback],
-        max_epochs=2,
+        max_epochs=1,
         default_root_dir=folder,
         enable_checkpointing=False,
         **QUIET,
