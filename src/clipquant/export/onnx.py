@@ -234,12 +234,17 @@ def _optimize_around(model: ir.Model, held: Mapping[ir.Value, str]) -> None:
 def _insert(graph: ir.Graph, value: ir.Value, tensor: QuantizedTensor, opset: int) -> None:
     """Put a weight's integers and the nodes that dequantize them in the place of `value`.
 
-    A Transpose between them and a MatMul stays: without it onnxruntime would take both for a
-    product that it may compute with activations rounded to 8 bits.
+    Between them and a MatMul stand its Transpose and a Max of one input, which changes nothing:
+    without it onnxruntime takes both for a product that it computes with activations rounded to
+    8 bits, unless it is told otherwise. A session that turns integers into floats once does the
+    same with the Max.
     """
     import onnx_ir as ir
 
     emit = emit_weight(str(value.name), tensor, stored_weight(tensor, opset))
+    multiplied = any(node.op_type in ("Transpose", "MatMul") for node, _ in value.uses())
+    if multiplied and emit.nodes[-1].op_type == "DequantizeLinear":
+        emit.op("Max", [emit.nodes[-1].outputs[0]])
     weight = emit.nodes[-1].outputs[0]
     ir.convenience.replace_all_uses_with(value, weight)
     for initializer in emit.initializers:
