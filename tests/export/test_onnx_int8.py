@@ -117,7 +117,7 @@ def test_the_first_method_within_the_drop_is_taken_and_named(model, tmp_path):
 
 
 def test_without_a_drop_the_best_of_the_three_is_taken(model, tmp_path):
-    drops = iter([0.3, 0.2, 0.1])
+    drops = iter([0.03, 0.02, 0.01])
     record = export_onnx_int8(
         model,
         quantize_weights(model, 4),
@@ -128,6 +128,49 @@ def test_without_a_drop_the_best_of_the_three_is_taken(model, tmp_path):
     )
     assert record.notes[0] == "activation ranges by Entropy"
     assert "rounded to int8 again: conv.weight" in record.notes[1]
+
+
+class Attention(nn.Module):
+    """Self-attention between two linear layers that see three axes, of shared weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return self.linear(torch.softmax(h @ h.transpose(1, 2), 2) @ h)
+
+
+def test_operators_without_weights_are_left_in_float_where_all_in_int8_lose_too_much(tmp_path):
+    torch.manual_seed(0)
+    model = Attention().eval()
+    drops = iter([0.5, 0.4, 0.3, 0.2, 0.01])
+    calls = [Example((torch.randn(4, 5, 8),))]
+    record = export_onnx_int8(
+        model,
+        quantize_weights(model, 8),
+        calls[0],
+        tmp_path / "a.onnx",
+        calibration=calls,
+        judge=lambda forward: Judgement(next(drops), {}),
+        max_drop=0.1,
+    )
+    assert record.notes[0] == "activation ranges by Percentile"
+    assert record.notes[1].startswith("only operators that hold weights compute in int8")
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    inputs = [
+        (node.op_type, [made_by.get(name) for name in node.input])
+        for node in graph.node
+        if node.op_type in ("MatMul", "Softmax")
+    ]
+    in_int8 = [kinds == ["DequantizeLinear"] * 2 for kind, kinds in inputs if kind == "MatMul"]
+    assert sorted(in_int8) == [False, False, True, True]
+    assert [kinds for kind, kinds in inputs if kind == "Softmax"] == [["MatMul"]]
+    codes = [i.dims for i in graph.initializer if i.data_type == onnx.TensorProto.INT8]
+    assert [list(dims) for dims in codes if len(dims) == 2] == [[8, 8]]
+    assert not any(node.metadata_props for node in graph.node)
 
 
 def test_the_judge_sees_a_forward_of_the_models_own_form(exported):
@@ -180,10 +223,10 @@ def test_batches_of_different_sizes_calibrate(model, tmp_path):
 def test_a_calibration_that_fails_is_told_and_another_taken(model, tmp_path, monkeypatch):
     from clipquant.export import onnx_int8
 
-    def fails(source, method, weights, given, real=onnx_int8.quantize_qdq):
+    def fails(source, method, *rest, real=onnx_int8.quantize_qdq):
         if method != "Percentile":
             raise ValueError(f"too many bins for {method}")
-        return real(source, method, weights, given)
+        return real(source, method, *rest)
 
     monkeypatch.setattr(onnx_int8, "quantize_qdq", fails)
     asked = {"calibration": batches(), "judge": enough, "max_drop": None}
