@@ -7,6 +7,7 @@ from torch import nn
 
 from clipquant.export import Example, ExportError, Judgement, export_onnx_int8
 from clipquant.export.bench import interleaved_medians
+from clipquant.export.onnx import dequantized_copy
 from clipquant.quant.model import quantize_weights
 from clipquant.reference import TwoConvNet
 
@@ -198,6 +199,39 @@ def test_a_table_that_is_tied_to_a_decoder_takes_one_scale(zoo, ids, tmp_path):
     assert any("tables that are looked up" in n and "embedding.weight" in n for n in record.notes)
     outputs = ids.run(zoo)
     assert record.difference < 0.2 * max(float(t.abs().max()) for t in outputs.values())
+
+
+@pytest.mark.parametrize("every_width", ["channel"], indirect=True)
+def test_every_width_runs_in_int8(every_width, ids, tmp_path, monkeypatch, run_without):
+    monkeypatch.setattr("clipquant.export.onnx_int8.CALIBRATION", ("MinMax",))
+    model, weights = every_width
+    ids = ids.map(lambda tensor: tensor % 11)
+    record = export_onnx_int8(model, weights, ids, tmp_path / "a.onnx", calibration=[ids])
+    rounded = next(note for note in record.notes if "rounded to int8 again" in note)
+    again = set(rounded.split(": ")[1].split(", "))
+    kinds = ("embedding", "conv", "linear")
+    kept = {f"{kind}.8.weight" for kind in kinds[1:]}  # a table takes one scale
+    assert again == {f"{kind}.{b}.weight" for kind in kinds for b in range(1, 9)} - kept
+    codes = [a for a in stored(tmp_path / "a.onnx").values() if a.dtype in (np.int8, np.uint8)]
+    assert sum(a.ndim > 1 for a in codes) == 24
+    expected = ids.run(dequantized_copy(model, weights))
+    np.savez(
+        tmp_path / "a.npz", ids=ids.args[0].numpy(), **{k: v.numpy() for k, v in expected.items()}
+    )
+    found = run_without(
+        f"""
+import numpy as np, onnxruntime as ort
+session, saved = ort.InferenceSession({str(tmp_path / "a.onnx")!r}), np.load({str(tmp_path / "a.npz")!r})
+names = [output.name for output in session.get_outputs()]
+for name, out in zip(names, session.run(names, {{"ids": saved["ids"]}})):
+    print(name, float(abs(out - saved[name]).max() / abs(saved[name]).max()))
+""",
+        "clipquant",
+        "torch",
+    )
+    errors = dict(line.split() for line in found.splitlines())
+    assert errors.keys() == expected.keys()
+    assert {name: error for name, error in errors.items() if float(error) > 0.03} == {}
 
 
 def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):

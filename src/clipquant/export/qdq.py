@@ -153,24 +153,38 @@ def _weights(
 ) -> tuple[dict[str, list[dict[str, Any]]], frozenset[str]]:
     """Return the artifact's scales of what the file can hold by them, and the weights that are so kept.
 
-    What a Gather reads is not: onnxruntime gives its output the table's scales, and those of single
-    rows fit no output.
+    What a Gather reads is not: onnxruntime takes the table's scale and codes for those of its output,
+    where scales of single rows fit nothing, and codes must end at 127 like those of any activation.
     """
     from onnx import numpy_helper
 
     arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
-    overrides: dict[str, list[dict[str, Any]]] = {}
+    floats = {name for name, array in arrays.items() if array.dtype == np.float32}
+    overrides = {name: [_table(arrays[name])] for name in tables & floats}
     kept: set[str] = set()
     for key, tensor in weights.tensors.items():
         if not keeps_codes(tensor):
             continue
         places = list(_places(key, tensor, arrays))
-        fit = [p for p in places if p[0] not in tables or tensor.scale.numel() == 1]
+        fit = [place for place in places if place[0] not in tables]
         overrides |= {name: _scales(tensor, axis) for name, axis in fit}
         if places and len(fit) == len(places):
             kept.add(key)
     return overrides, frozenset(kept)
+
+
+def _table(array: np.ndarray) -> dict[str, Any]:
+    """Return the scale and zero point that map a table onto codes 0 to 127."""
+    from onnxruntime.quantization import QuantType
+
+    low, high = min(float(array.min(initial=0.0)), 0.0), max(float(array.max(initial=0.0)), 0.0)
+    scale = (high - low) / 127 or 1.0
+    return {
+        "quant_type": QuantType.QUInt8,
+        "scale": np.array(scale, dtype=np.float32),
+        "zero_point": np.array(round(-low / scale), dtype=np.uint8),
+    }
 
 
 def _scales(tensor: QuantizedTensor, axis: int) -> list[dict[str, Any]]:
