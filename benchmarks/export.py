@@ -122,9 +122,11 @@ def replace_by_floats(weights, model):
 def write_int8(subject, path, judged):
     """Write the int8 file; judged by its accuracy, or by the distance of its outputs."""
 
+    best = subject.accuracy(subject.model) if judged else 1.0
+
     def judge(forward):
         right = subject.accuracy(forward)
-        return Judgement(-right, {"accuracy": right})
+        return Judgement(best - right, {"accuracy": right})
 
     weights = quantize_weights(subject.model, 8, method="rtn")
     return export_onnx_int8(

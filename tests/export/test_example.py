@@ -66,3 +66,17 @@ def test_differences_count_nan_against_a_number_and_not_against_nan():
     nan = torch.tensor([float("nan"), 1.0])
     assert largest_difference(nan, nan) == 0.0
     assert largest_difference(nan, torch.ones(2)) != largest_difference(nan, torch.ones(2))
+
+
+class Loss(nn.Module):
+    """Returns a loss where it is given labels."""
+
+    def forward(self, x, labels=None):
+        return x * 2 if labels is None else (x - labels).mean()
+
+
+def test_a_call_that_was_seen_comes_first_without_its_targets():
+    x, labels = torch.zeros(4, 3), torch.ones(4, 3)
+    found = find_example(Loss(), [labels, x], call=Example((x,), {"labels": labels}))
+    assert found.args[0] is x
+    assert found.kwargs == {}

@@ -7,6 +7,7 @@ from torch import nn
 
 from clipquant.export import Example, ExportError, Judgement, export_onnx_int8
 from clipquant.export.bench import interleaved_medians
+from clipquant.export.onnx import dequantized_copy
 from clipquant.quant.model import quantize_weights
 from clipquant.reference import TwoConvNet
 
@@ -117,7 +118,7 @@ def test_the_first_method_within_the_drop_is_taken_and_named(model, tmp_path):
 
 
 def test_without_a_drop_the_best_of_the_three_is_taken(model, tmp_path):
-    drops = iter([0.3, 0.2, 0.1])
+    drops = iter([0.03, 0.02, 0.01])
     record = export_onnx_int8(
         model,
         quantize_weights(model, 4),
@@ -128,6 +129,49 @@ def test_without_a_drop_the_best_of_the_three_is_taken(model, tmp_path):
     )
     assert record.notes[0] == "activation ranges by Entropy"
     assert "rounded to int8 again: conv.weight" in record.notes[1]
+
+
+class Attention(nn.Module):
+    """Self-attention between two linear layers that see three axes, of shared weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return self.linear(torch.softmax(h @ h.transpose(1, 2), 2) @ h)
+
+
+def test_operators_without_weights_are_left_in_float_where_all_in_int8_lose_too_much(tmp_path):
+    torch.manual_seed(0)
+    model = Attention().eval()
+    drops = iter([0.5, 0.4, 0.3, 0.2, 0.01])
+    calls = [Example((torch.randn(4, 5, 8),))]
+    record = export_onnx_int8(
+        model,
+        quantize_weights(model, 8),
+        calls[0],
+        tmp_path / "a.onnx",
+        calibration=calls,
+        judge=lambda forward: Judgement(next(drops), {}),
+        max_drop=0.1,
+    )
+    assert record.notes[0] == "activation ranges by Percentile"
+    assert record.notes[1].startswith("only operators that hold weights compute in int8")
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    inputs = [
+        (node.op_type, [made_by.get(name) for name in node.input])
+        for node in graph.node
+        if node.op_type in ("MatMul", "Softmax")
+    ]
+    in_int8 = [kinds == ["DequantizeLinear"] * 2 for kind, kinds in inputs if kind == "MatMul"]
+    assert sorted(in_int8) == [False, False, True, True]
+    assert [kinds for kind, kinds in inputs if kind == "Softmax"] == [["MatMul"]]
+    codes = [i.dims for i in graph.initializer if i.data_type == onnx.TensorProto.INT8]
+    assert [list(dims) for dims in codes if len(dims) == 2] == [[8, 8]]
+    assert not any(node.metadata_props for node in graph.node)
 
 
 def test_the_judge_sees_a_forward_of_the_models_own_form(exported):
@@ -157,6 +201,39 @@ def test_a_table_that_is_tied_to_a_decoder_takes_one_scale(zoo, ids, tmp_path):
     assert record.difference < 0.2 * max(float(t.abs().max()) for t in outputs.values())
 
 
+@pytest.mark.parametrize("every_width", ["channel"], indirect=True)
+def test_every_width_runs_in_int8(every_width, ids, tmp_path, monkeypatch, run_without):
+    monkeypatch.setattr("clipquant.export.onnx_int8.CALIBRATION", ("MinMax",))
+    model, weights = every_width
+    ids = ids.map(lambda tensor: tensor % 11)
+    record = export_onnx_int8(model, weights, ids, tmp_path / "a.onnx", calibration=[ids])
+    rounded = next(note for note in record.notes if "rounded to int8 again" in note)
+    again = set(rounded.split(": ")[1].split(", "))
+    kinds = ("embedding", "conv", "linear")
+    kept = {f"{kind}.8.weight" for kind in kinds[1:]}  # a table takes one scale
+    assert again == {f"{kind}.{b}.weight" for kind in kinds for b in range(1, 9)} - kept
+    codes = [a for a in stored(tmp_path / "a.onnx").values() if a.dtype in (np.int8, np.uint8)]
+    assert sum(a.ndim > 1 for a in codes) == 24
+    expected = ids.run(dequantized_copy(model, weights))
+    np.savez(
+        tmp_path / "a.npz", ids=ids.args[0].numpy(), **{k: v.numpy() for k, v in expected.items()}
+    )
+    found = run_without(
+        f"""
+import numpy as np, onnxruntime as ort
+session, saved = ort.InferenceSession({str(tmp_path / "a.onnx")!r}), np.load({str(tmp_path / "a.npz")!r})
+names = [output.name for output in session.get_outputs()]
+for name, out in zip(names, session.run(names, {{"ids": saved["ids"]}})):
+    print(name, float(abs(out - saved[name]).max() / abs(saved[name]).max()))
+""",
+        "clipquant",
+        "torch",
+    )
+    errors = dict(line.split() for line in found.splitlines())
+    assert errors.keys() == expected.keys()
+    assert {name: error for name, error in errors.items() if float(error) > 0.03} == {}
+
+
 def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "clipquant.export.onnx_int8.interleaved_medians", lambda calls: {"float": 1.0, "int8": 2.0}
@@ -180,10 +257,10 @@ def test_batches_of_different_sizes_calibrate(model, tmp_path):
 def test_a_calibration_that_fails_is_told_and_another_taken(model, tmp_path, monkeypatch):
     from clipquant.export import onnx_int8
 
-    def fails(source, method, weights, given, real=onnx_int8.quantize_qdq):
+    def fails(source, method, *rest, real=onnx_int8.quantize_qdq):
         if method != "Percentile":
             raise ValueError(f"too many bins for {method}")
-        return real(source, method, weights, given)
+        return real(source, method, *rest)
 
     monkeypatch.setattr(onnx_int8, "quantize_qdq", fails)
     asked = {"calibration": batches(), "judge": enough, "max_drop": None}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 
+from clipquant.callbacks.calibration import step_forward
 from clipquant.callbacks.data import train_batches
 from clipquant.callbacks.evaluate import judge
 from clipquant.callbacks.guest import copy_module
@@ -81,7 +86,8 @@ def export_files(
     for name in formats:
         try:
             module = copy_module(module).eval()
-            example = find_example(module, next(train_batches(trainer), None))
+            batch = next(train_batches(trainer), None)
+            example = find_example(module, batch, call=_seen_call(trainer, module, batch))
             record = _export(
                 name, trainer, module, quantized, example, folder / FILES[name],
                 calibration_batches, max_drop,
@@ -110,7 +116,10 @@ def _export(
         write = export_pt2 if name == "pt2" else export_onnx
         return write(module, weights, example, path)
     batches = islice(train_batches(trainer), calibration_batches)
-    calls = [find_example(module, batch, own=False) for batch in batches]
+    calls = [
+        find_example(module, batch, own=False, call=_seen_call(trainer, module, batch))
+        for batch in batches
+    ]
     judge_forward = _judge(trainer, module, quantized.report)
     why = judge_forward if isinstance(judge_forward, str) else None
     record = export_onnx_int8(
@@ -120,6 +129,28 @@ def _export(
         max_drop=max_drop,
     )  # fmt: skip
     return record if why is None else replace(record, notes=(*record.notes, why))
+
+
+def _seen_call(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Example | None:
+    """Return what `validation_step` first calls forward with for a batch; None where it does not.
+
+    What a step passes to forward is known for certain only by running it: a batch of two tensors may
+    be inputs and targets, two inputs, or one input that is a pair.
+    """
+    if batch is None or not is_overridden("validation_step", module, pl.LightningModule):
+        return None
+    calls: list[Example] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        calls.append(Example(args, kwargs))
+        return module.forward(*args, **kwargs)
+
+    guest = copy_module(module)
+    guest.forward = recorded  # type: ignore[method-assign]
+    # A step that fails here ran in the fit, so it needs more than this; forward may be reached even so.
+    with isolate_rng(), torch.no_grad(), suppress(Exception):
+        step_forward(trainer, guest)(guest, batch)
+    return calls[0] if calls else None
 
 
 def _judge(

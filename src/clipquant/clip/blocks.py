@@ -72,4 +72,6 @@ def gather_norms(pieces: Sequence[tuple[Block, Tensor]], count: int, order: floa
     norms = torch.cat([norms for _, norms in pieces]) if pieces else torch.zeros(0)
     if owners == list(range(count)):
         return norms
+    if len(owners) == count and len(set(owners)) == count:  # one piece each, in another order
+        return norms[sorted(range(count), key=owners.__getitem__)]
     return norms_of_owners(norms, torch.tensor(owners, device=norms.device), count, order)

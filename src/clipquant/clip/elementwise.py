@@ -81,10 +81,9 @@ def _stream_(
             clipped, clipped_norms = True, value_norms(block.values, order)
         before.append((block, norms))
         after.append((block, clipped_norms))
-    count = len(tensors)
-    return Outcome(
-        clipped, finite, gather_norms(before, count, order), gather_norms(after, count, order)
-    )
+    norms_before = gather_norms(before, len(tensors), order)
+    norms_after = gather_norms(after, len(tensors), order) if clipped else norms_before
+    return Outcome(clipped, finite, norms_before, norms_after)
 
 
 def _clamp_reaching_(

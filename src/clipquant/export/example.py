@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+_TARGETS = frozenset({"label", "labels", "target", "targets", "y"})
 _LONGEST = 300  # characters of another library's message that a report repeats
 
 
@@ -88,13 +89,17 @@ def as_example(inputs: Any) -> Example:
     return Example((inputs,))
 
 
-def find_example(model: nn.Module, batch: Any = None, *, own: bool = True) -> Example:
+def find_example(
+    model: nn.Module, batch: Any = None, *, own: bool = True, call: Example | None = None
+) -> Example:
     """Return a call that `model` accepts: its `example_input_array`, or made from a data batch.
 
     Args:
         model: Any module.
         batch: What a dataloader gives: the inputs alone, (inputs, targets), or a dict with them.
         own: Whether the model's `example_input_array` comes first.
+        call: What forward was seen to be called with for the batch, which comes before what may be
+            read from it; without targets among the keywords where forward can do without.
 
     Raises:
         ExportError: If neither gives a call that runs.
@@ -104,6 +109,7 @@ def find_example(model: nn.Module, batch: Any = None, *, own: bool = True) -> Ex
     """
     given = getattr(model, "example_input_array", None) if own else None
     candidates = [] if given is None else [as_example(given)]
+    candidates += [] if call is None else [_without_targets(call), call]
     candidates += [] if batch is None else _readings(model, batch)
     failures = []
     for candidate in candidates:
@@ -143,12 +149,15 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
     return float(torch.where(same, 0.0, (a - b).abs()).max()) if a.numel() else 0.0
 
 
+def _without_targets(call: Example) -> Example:
+    return Example(call.args, {k: v for k, v in call.kwargs.items() if k not in _TARGETS})
+
+
 def _readings(model: nn.Module, batch: Any) -> list[Example]:
     """Return the ways in which a batch can be the arguments of forward, the likeliest first."""
     if isinstance(batch, Mapping):
         accepted = inspect.signature(model.forward).parameters
-        targets = {"label", "labels", "target", "targets", "y"}
-        inputs = {k: v for k, v in batch.items() if k in accepted and k not in targets}
+        inputs = {k: v for k, v in batch.items() if k in accepted and k not in _TARGETS}
         ways = [Example((), inputs)] if inputs else []
         return [*ways, Example((), dict(batch)), Example((batch,))]
     if isinstance(batch, (tuple, list)) and batch:
@@ -163,4 +172,4 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if len(text) > _LONGEST:
         text = text[:_LONGEST].rsplit(" ", 1)[0] + " ..."
-    return f"{type(error).__name__}: {text}".rstrip(": ")
+    return f"{type(error).__name__}: {text}".rstrip(": .")

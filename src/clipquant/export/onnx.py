@@ -172,6 +172,18 @@ def to_ir(captured: Capture, opset: int, names: list[str]) -> ir.Model:
     return program.model
 
 
+def strip_debug_info(model: ir.Model) -> None:
+    """Take out the source lines and paths that the exporter leaves for those who debug it."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
 def _versions(weights: QuantizedWeights, opset: int | None) -> list[int]:
     """Return the opsets to try, the one that suits the widths best first."""
     forms = [stored_weight(tensor).opset for tensor in weights.tensors.values()]
@@ -195,7 +207,7 @@ def _build(
         _insert(model.graph, value, weights.tensors[name], opset)
     if any(stored_width(weights.tensors[name], opset) == 2 for name in held.values()):
         model.ir_version = max(model.ir_version, _IR_VERSION[2])
-    _anonymous(model)
+    strip_debug_info(model)
     if captured.dynamic:
         _name_batch(model.graph)
     model.producer_name = "clipquant"
@@ -234,30 +246,23 @@ def _optimize_around(model: ir.Model, held: Mapping[ir.Value, str]) -> None:
 def _insert(graph: ir.Graph, value: ir.Value, tensor: QuantizedTensor, opset: int) -> None:
     """Put a weight's integers and the nodes that dequantize them in the place of `value`.
 
-    A Transpose between them and a MatMul stays: without it onnxruntime would take both for a
-    product that it may compute with activations rounded to 8 bits.
+    Between them and a MatMul stand its Transpose and a Max of one input, which changes nothing:
+    without it onnxruntime takes both for a product that it computes with activations rounded to
+    8 bits, unless it is told otherwise. A session that turns integers into floats once does the
+    same with the Max.
     """
     import onnx_ir as ir
 
     emit = emit_weight(str(value.name), tensor, stored_weight(tensor, opset))
+    multiplied = any(node.op_type in ("Transpose", "MatMul") for node, _ in value.uses())
+    if multiplied and emit.nodes[-1].op_type == "DequantizeLinear":
+        emit.op("Max", [emit.nodes[-1].outputs[0]])
     weight = emit.nodes[-1].outputs[0]
     ir.convenience.replace_all_uses_with(value, weight)
     for initializer in emit.initializers:
         graph.register_initializer(initializer)
     graph.insert_before(graph[0], emit.nodes)
     weight.name, weight.type, weight.shape = value.name, value.type, value.shape
-
-
-def _anonymous(model: ir.Model) -> None:
-    """Take out the source lines and paths that the exporter leaves for those who debug it."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
 
 
 def _name_batch(graph: ir.Graph) -> None:

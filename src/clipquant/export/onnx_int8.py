@@ -25,6 +25,7 @@ from clipquant.export.onnx import (
     open_session,
     output_names,
     require_onnx,
+    strip_debug_info,
     to_ir,
 )
 from clipquant.export.qdq import CALIBRATION, QdqFile, open_session_int8, quantize_qdq
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 BATCHES = (1, 32)
+_ENOUGH = 0.01  # of the metric: a drop within which no other operators are tried, without max_drop
+_ENOUGH_DISTANCE = 0.1  # of the outputs' size: the same without a metric
 Forward: TypeAlias = Callable[..., Any]
 
 
@@ -72,7 +75,8 @@ def export_onnx_int8(
 
     Weights that the artifact holds in 8 bits, symmetric, a scale a channel or a tensor, keep its
     codes; tables that are looked up take one scale. Activations take codes 0 to 127, so that the
-    16-bit sums of two products in CPUs without VNNI cannot overflow.
+    16-bit sums of two products in CPUs without VNNI cannot overflow. Where that loses too much with
+    every operator in int8, as it does in transformers, only those that hold weights are.
 
     Args:
         model: A module of the architecture that was quantized; not touched.
@@ -82,8 +86,9 @@ def export_onnx_int8(
         calibration: Calls whose activations set the ranges.
         judge: What a forward, run by onnxruntime, is worth. None: its distance from the model's
             outputs on the calibration data, relative to their size; the notes say so.
-        max_drop: The first calibration method whose drop is at most this is taken. None, or without
-            a judge: the best.
+        max_drop: The first calibration method whose drop is at most this is taken, else the best.
+            None, or without a judge: the best; operators without weights are left in float only
+            where it is a hundredth of the metric worse, or a tenth of the outputs' size away.
 
     Returns:
         What was written, with the method, metrics, and latency beside the float ONNX model.
@@ -111,16 +116,23 @@ def export_onnx_int8(
             ) from error
         batches = calibration if captured.dynamic else [captured.example]
         if judge is None:
-            chosen = _choose(source, weights, batches, outputs, _distance(plain, batches), None)
+            judge_here, drop, enough = _distance(plain, batches), None, _ENOUGH_DISTANCE
         else:
-            chosen = _choose(source, weights, batches, outputs, judge, max_drop)
+            judge_here, drop = judge, max_drop
+            enough = _ENOUGH if max_drop is None else max_drop
+        chosen = _choose(source, weights, batches, outputs, judge_here, drop, enough)
         data = chosen.file.data
         latency = _latency(source.read_bytes(), data, captured)
     write_whole(path, data)
     session, check = open_session_int8(data), captured.check
     actual = runner(session, outputs)(*check.args, **check.kwargs)
     by = _by_distance(chosen.judgement) if judge is None else ()
-    notes = (*captured.notes, *_notes(chosen.file, weights, latency), *by, *chosen.failures)
+    notes = (
+        *captured.notes,
+        *_notes(chosen.file, weights, latency),
+        *by,
+        *dict.fromkeys(chosen.failures),
+    )
     return ExportRecord(
         "onnx-int8",
         str(path),
@@ -157,10 +169,15 @@ def runner(session: ort.InferenceSession, outputs: Any) -> Forward:
 def _float_model(captured: Capture, names: list[str]) -> bytes:
     import onnx_ir as ir
     import onnxscript.optimizer
+    from onnx_ir.passes.common import DeduplicateInitializersPass
 
     model = to_ir(captured, BASE_OPSET, names)
+    size = 1 << 40  # weights of any size
     with quiet():
-        onnxscript.optimizer.optimize_ir(model)
+        # Behind a Transpose, weights would count as activations.
+        onnxscript.optimizer.optimize_ir(model, input_size_limit=size, output_size_limit=size)
+    DeduplicateInitializersPass(size_limit=size)(model)
+    strip_debug_info(model)
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
 
@@ -188,22 +205,34 @@ def _choose(
     outputs: Any,
     judge: Callable[[Forward], Judgement],
     max_drop: float | None,
+    enough: float,
 ) -> _Candidate:
-    """Return the first calibration method within `max_drop`, or the best of all that gave ranges."""
+    """Return the first calibration within `max_drop`, or the best of all that gave ranges.
+
+    Operators without weights are left in float only where the best with all of them is not within
+    `enough`.
+    """
     candidates: list[_Candidate] = []
     failures: list[str] = []
-    for method in CALIBRATION:
-        try:
-            file = quantize_qdq(source, method, weights, batches)
-        except Exception as error:  # a collector may choke on what an activation holds
-            failures.append(f"{method} calibration failed: {reason(error)}")
-            continue
-        judgement = judge(runner(open_session_int8(file.data), outputs))
-        candidates.append(_Candidate(file, judgement, failures))
-        if max_drop is not None and judgement.drop <= max_drop:
-            return candidates[-1]
+    for weighted_only in (False, True):
+        for method in CALIBRATION:
+            try:
+                file = quantize_qdq(source, method, weights, batches, weighted_only)
+            except Exception as error:  # a collector may choke on what an activation holds
+                failures.append(f"{method} calibration failed: {reason(error)}")
+                continue
+            judgement = judge(runner(open_session_int8(file.data), outputs))
+            candidates.append(_Candidate(file, judgement, failures))
+            if max_drop is not None and judgement.drop <= max_drop:
+                return candidates[-1]
+        if candidates and _best(candidates).judgement.drop <= enough:
+            break
     if not candidates:
-        raise ExportError(f"no calibration gave ranges: {'; '.join(failures)}")
+        raise ExportError(f"no calibration gave ranges: {'; '.join(dict.fromkeys(failures))}")
+    return _best(candidates)
+
+
+def _best(candidates: Sequence[_Candidate]) -> _Candidate:
     return min(candidates, key=lambda candidate: candidate.judgement.drop)
 
 
@@ -237,6 +266,8 @@ def _by_distance(judgement: Judgement) -> Iterable[str]:
 
 def _notes(file: QdqFile, weights: QuantizedWeights, latency: Mapping[str, float]) -> Iterable[str]:
     yield f"activation ranges by {file.method}"
+    if file.weighted_only:
+        yield "only operators that hold weights compute in int8: with all of them more was lost"
     changed = [name for name in weights.tensors if name not in file.kept]
     if changed:
         yield (

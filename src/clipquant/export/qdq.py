@@ -30,11 +30,13 @@ class QdqFile:
 
     Args:
         method: How its activation ranges were calibrated, of `CALIBRATION`.
+        weighted_only: Whether operators without weights compute in float.
         data: Its bytes.
         kept: Weights whose codes and scales are the artifact's.
     """
 
     method: str
+    weighted_only: bool
     data: bytes
     kept: frozenset[str]
 
@@ -52,7 +54,11 @@ def open_session_int8(file: bytes | str | Path, threads: int | None = None) -> o
 
 
 def quantize_qdq(
-    source: Path, method: str, weights: QuantizedWeights, batches: Sequence[Example]
+    source: Path,
+    method: str,
+    weights: QuantizedWeights,
+    batches: Sequence[Example],
+    weighted_only: bool = False,
 ) -> QdqFile:
     """Return a float ONNX file in QDQ form, its ranges calibrated on batches.
 
@@ -61,6 +67,7 @@ def quantize_qdq(
         method: Of `CALIBRATION`.
         weights: The artifact's, whose codes are kept where the form can hold them.
         batches: Calls whose activations set the ranges.
+        weighted_only: Leave operators without weights in float.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -68,7 +75,8 @@ def quantize_qdq(
     target = source.with_name(f"{method}.onnx")
     session = open_session_int8(source)
     given = [feeds(session, batch) for batch in batches]
-    scales, kept = _weights(onnx.load(source).graph, weights)
+    graph = onnx.load(source).graph
+    scales, kept = _weights(graph, weights)
     with quiet():
         ranges = _calibrate(source, method, given)
         quantize_static(
@@ -79,12 +87,24 @@ def quantize_qdq(
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            nodes_to_quantize=list(_weighted(graph)) if weighted_only else None,
             extra_options={
                 "WeightSymmetric": True,
                 "TensorQuantOverrides": _activations(ranges) | scales,
             },
         )
-    return QdqFile(method, target.read_bytes(), kept)
+    return QdqFile(method, weighted_only, target.read_bytes(), kept)
+
+
+def _weighted(graph: onnx.GraphProto) -> Iterator[str]:
+    """Yield the names of the nodes that multiply by a constant or look rows up in one."""
+    constants = {initializer.name for initializer in graph.initializer}
+    for node in graph.node:
+        place = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}.get(
+            node.op_type
+        )
+        if place is not None and node.input[place] in constants:
+            yield node.name
 
 
 def _calibrate(source: Path, method: str, given: Sequence[Mapping[str, np.ndarray]]) -> Any:
@@ -133,24 +153,38 @@ def _weights(
 ) -> tuple[dict[str, list[dict[str, Any]]], frozenset[str]]:
     """Return the artifact's scales of what the file can hold by them, and the weights that are so kept.
 
-    What a Gather reads is not: onnxruntime gives its output the table's scales, and those of single
-    rows fit no output.
+    What a Gather reads is not: onnxruntime takes the table's scale and codes for those of its output,
+    where scales of single rows fit nothing, and codes must end at 127 like those of any activation.
     """
     from onnx import numpy_helper
 
     arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
-    overrides: dict[str, list[dict[str, Any]]] = {}
+    floats = {name for name, array in arrays.items() if array.dtype == np.float32}
+    overrides = {name: [_table(arrays[name])] for name in tables & floats}
     kept: set[str] = set()
     for key, tensor in weights.tensors.items():
         if not keeps_codes(tensor):
             continue
         places = list(_places(key, tensor, arrays))
-        fit = [p for p in places if p[0] not in tables or tensor.scale.numel() == 1]
+        fit = [place for place in places if place[0] not in tables]
         overrides |= {name: _scales(tensor, axis) for name, axis in fit}
         if places and len(fit) == len(places):
             kept.add(key)
     return overrides, frozenset(kept)
+
+
+def _table(array: np.ndarray) -> dict[str, Any]:
+    """Return the scale and zero point that map a table onto codes 0 to 127."""
+    from onnxruntime.quantization import QuantType
+
+    low, high = min(float(array.min(initial=0.0)), 0.0), max(float(array.max(initial=0.0)), 0.0)
+    scale = (high - low) / 127 or 1.0
+    return {
+        "quant_type": QuantType.QUInt8,
+        "scale": np.array(scale, dtype=np.float32),
+        "zero_point": np.array(round(-low / scale), dtype=np.uint8),
+    }
 
 
 def _scales(tensor: QuantizedTensor, axis: int) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipquant.report.plots import counted
 from clipquant.report.record import QuantizationReport
 
 EXPORT_HEADER = ("export", "bytes", "metric", "latency, ms", "float ONNX, ms")
@@ -42,10 +43,21 @@ def latencies(export: Mapping[str, Any]) -> tuple[str, str]:
     return ", ".join(own), ", ".join(other)
 
 
-def export_remarks(export: Mapping[str, Any]) -> list[str]:
-    """Return what the reader should know of an export: why it failed, or its file's name and notes."""
-    if export["error"]:
-        return [f"{export['format']} failed: {export['error']}"]
+def export_remarks(report: QuantizationReport) -> list[tuple[str, ...]]:
+    """Return what the reader should know of each export: its file's name and notes, or why it failed.
+
+    Exports that failed for one reason share a remark.
+    """
+    reasons: dict[str, list[str]] = {}
+    for export in report.exports:
+        if export["error"]:
+            reasons.setdefault(export["error"], []).append(export["format"])
+    written = [_written(export) for export in report.exports if not export["error"]]
+    failed = [(f"{', '.join(names)} failed: {why}",) for why, names in reasons.items()]
+    return [*written, *failed]
+
+
+def _written(export: Mapping[str, Any]) -> tuple[str, ...]:
     lines = [f"{export['format']}: {Path(export['path']).name}"]
     if export["difference"] is not None:
         lines.append(
@@ -53,7 +65,6 @@ def export_remarks(export: Mapping[str, Any]) -> list[str]:
         )
     threads = export["latency"].get("threads")
     if threads:
-        lines.append(
-            f"latency: medians in onnxruntime with {threads:g} threads, both files in turn"
-        )
-    return [*lines, *export["notes"]]
+        on = counted(threads, "thread")
+        lines.append(f"latency: medians in onnxruntime with {on}, both files in turn")
+    return (*lines, *export["notes"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from clipquant.report.page import render_page
+from clipquant.report.plots import counted
 from clipquant.report.record import QuantizationReport
 
 JSON_FILE, PAGE_FILE = "report.json", "report.html"
@@ -45,7 +46,7 @@ def environment() -> dict[str, str]:
     return {
         "packages": ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.system()} {platform.machine()}, {counted(torch.get_num_threads(), 'thread')}",
     }
 
 

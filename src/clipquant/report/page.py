@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 from clipquant.report import plots
 from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows
-from clipquant.report.plots import short_bytes
+from clipquant.report.plots import counted, short_bytes
 from clipquant.report.record import LayerRecord, QuantizationReport, Trial, drop_of
 from clipquant.report.table import figure
 
@@ -91,7 +90,7 @@ def _tiles(report: QuantizationReport) -> list[str]:
     ]
     timed = report.latency
     if timed is not None:
-        note = f"float {timed.float_ms:.3g} ms; {timed.what}, batch {timed.batch}, {timed.threads} threads"
+        note = f"float {timed.float_ms:.3g} ms; {timed.what}, batch {timed.batch}, {counted(timed.threads, 'thread')}"
         tiles.append(_tile("median latency", f"{timed.quantized_ms:.3g} ms", note))
     return tiles
 
@@ -219,16 +218,16 @@ def _exports(report: QuantizationReport) -> str:
         for row in export_rows(report)
     )
     table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    remarks = "".join(map(_remarks, report.exports))
+    remarks = "".join(map(_remarks, export_remarks(report)))
     why = (
         "Files that run without this package; metrics and times are those of the files themselves."
     )
     return _card("Exports", why, table + remarks)
 
 
-def _remarks(export: Mapping[str, Any]) -> str:
-    first, *rest = export_remarks(export)
-    kind = "remarks failed" if export["error"] else "remarks"
+def _remarks(lines: Sequence[str]) -> str:
+    first, *rest = lines
+    kind = "remarks failed" if " failed: " in first else "remarks"
     items = "".join(f"<li>{escape(line)}</li>" for line in rest)
     return f'<div class="{kind}"><p>{escape(first)}</p><ul>{items}</ul></div>'.replace(
         "<ul></ul>", ""
@@ -262,7 +261,7 @@ def _provenance(report: QuantizationReport) -> str:
     if timed is not None:
         said = (
             f"{timed.float_ms:.2f} ms before, {timed.quantized_ms:.2f} ms after: median of a "
-            f"{timed.what}, batch {timed.batch}, {timed.threads} threads, torch, weights dequantized"
+            f"{timed.what}, batch {timed.batch}, {counted(timed.threads, 'thread')}, torch, weights dequantized"
         )
         entries.append(("latency", said))
     return _card("How it was made", "", _list(entries))

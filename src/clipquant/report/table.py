@@ -86,8 +86,7 @@ def print_summary(report: QuantizationReport) -> None:
         print(f"Artifact: {report.path}")
     if report.exports:
         print_table("Exports", EXPORT_HEADER, export_rows(report))
-    for export in report.exports:
-        first, *rest = export_remarks(export)
+    for first, *rest in export_remarks(report):
         print("\n  ".join([f"Export {first}", *rest]))
 
 
