@@ -121,7 +121,6 @@ def replace_by_floats(weights, model):
 
 def write_int8(subject, path, judged):
     """Write the int8 file; judged by its accuracy, or by the distance of its outputs."""
-
     best = subject.accuracy(subject.model) if judged else 1.0
 
     def judge(forward):
