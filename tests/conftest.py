@@ -32,7 +32,9 @@ def in_two_processes(tmp_path_factory):
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch is built without gloo")
     folder = tmp_path_factory.mktemp("two")
-    scripts = sorted(str(path) for path in HERE.rglob("*_checks.py") if path.name[:5] != "test_")
+    scripts = sorted(
+        str(path) for path in HERE.rglob("*_checks.py") if not path.name.startswith("test_")
+    )
     logs, started = [], []
     for rank in (0, 1):
         logs.append((folder / f"log{rank}").open("w+"))

@@ -128,8 +128,9 @@ def test_units_whose_squares_overflow_are_scaled_not_zeroed(shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_reported_in_a_long_row(bad: float) -> None:
-    grads, weights = [torch.zeros(70, 1024)], [torch.ones(70, 1024)]
+@pytest.mark.parametrize("weight", [1.0, 1e30], ids=["", "beside weights whose squares overflow"])
+def test_what_is_not_finite_is_reported_in_a_long_row(bad: float, weight: float) -> None:
+    grads, weights = [torch.zeros(70, 1024)], [torch.full((70, 1024), weight)]
     grads[0][69, 1023] = bad
     assert not scale_units_(grads, weights, PLAN).finite
 

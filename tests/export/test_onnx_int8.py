@@ -143,7 +143,18 @@ class Attention(nn.Module):
         return self.linear(torch.softmax(h @ h.transpose(1, 2), 2) @ h)
 
 
-def test_operators_without_weights_are_left_in_float_where_all_in_int8_lose_too_much(tmp_path):
+def test_operators_without_weights_are_left_in_float_where_all_in_int8_lose_too_much(
+    tmp_path, monkeypatch
+):
+    from clipquant.export import onnx_int8
+
+    calibrated = []
+
+    def counted(source, method, batches, real=onnx_int8.calibrate):
+        calibrated.append(method)
+        return real(source, method, batches)
+
+    monkeypatch.setattr(onnx_int8, "calibrate", counted)
     torch.manual_seed(0)
     model = Attention().eval()
     drops = iter([0.5, 0.4, 0.3, 0.2, 0.01])
@@ -158,6 +169,7 @@ def test_operators_without_weights_are_left_in_float_where_all_in_int8_lose_too_
         max_drop=0.1,
     )
     assert record.notes[0] == "activation ranges by Percentile"
+    assert calibrated == ["MinMax", "Percentile", "Entropy"]
     assert record.notes[1].startswith("only operators that hold weights compute in int8")
     graph = onnx.load(tmp_path / "a.onnx").graph
     made_by = {output: node.op_type for node in graph.node for output in node.output}
@@ -257,12 +269,12 @@ def test_batches_of_different_sizes_calibrate(model, tmp_path):
 def test_a_calibration_that_fails_is_told_and_another_taken(model, tmp_path, monkeypatch):
     from clipquant.export import onnx_int8
 
-    def fails(source, method, *rest, real=onnx_int8.quantize_qdq):
+    def fails(source, method, batches, real=onnx_int8.calibrate):
         if method != "Percentile":
             raise ValueError(f"too many bins for {method}")
-        return real(source, method, *rest)
+        return real(source, method, batches)
 
-    monkeypatch.setattr(onnx_int8, "quantize_qdq", fails)
+    monkeypatch.setattr(onnx_int8, "calibrate", fails)
     asked = {"calibration": batches(), "judge": enough, "max_drop": None}
     weights = quantize_weights(model, 8)
     record = export_onnx_int8(model, weights, batches()[0], tmp_path / "a.onnx", **asked)

@@ -82,23 +82,27 @@ def export_files(
         calibration_batches: Train batches that calibrate the ranges of activations.
         max_drop: Most that int8 may lose of the monitored metric.
     """
+    module = copy_module(module).eval()
+    try:
+        batch = next(train_batches(trainer), None)
+        example = find_example(module, batch, call=_seen_call(trainer, module, batch))
+    except Exception as error:
+        return tuple(ExportRecord(name, error=_why(error)) for name in formats)
     records = []
     for name in formats:
         try:
-            module = copy_module(module).eval()
-            batch = next(train_batches(trainer), None)
-            example = find_example(module, batch, call=_seen_call(trainer, module, batch))
             record = _export(
                 name, trainer, module, quantized, example, folder / FILES[name],
                 calibration_batches, max_drop,
             )  # fmt: skip
         except Exception as error:
-            why = (
-                str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
-            )
-            record = ExportRecord(name, error=why)
+            record = ExportRecord(name, error=_why(error))
         records.append(record)
     return tuple(records)
+
+
+def _why(error: Exception) -> str:
+    return str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
 
 
 def _export(

@@ -199,7 +199,8 @@ def _are_within(units: Tensor, weight: Tensor, plan: ScaleUnits) -> bool:
         return False
     rows = weight.view(len(weight), -1)
     part: Tensor = torch.linalg.vector_norm(rows[:, : rows.shape[1] // 8], 2, dim=1)
-    return bool((units <= part.clamp_(min=plan.eps).mul_(plan.ratio)).all())
+    limits = part.clamp_(min=plan.eps).mul_(plan.ratio)
+    return bool(((units <= limits) & (units < math.inf)).all())
 
 
 def _scale_odd_(owner: int, grad: Tensor, param: Tensor, plan: ScaleUnits) -> _Scaled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -28,7 +28,13 @@ from clipquant.export.onnx import (
     strip_debug_info,
     to_ir,
 )
-from clipquant.export.qdq import CALIBRATION, QdqFile, open_session_int8, quantize_qdq
+from clipquant.export.qdq import (
+    CALIBRATION,
+    QdqFile,
+    calibrate,
+    open_session_int8,
+    quantize_qdq,
+)
 from clipquant.export.record import ExportRecord, write_whole
 from clipquant.quant.model import QuantizedWeights
 
@@ -58,7 +64,7 @@ class Judgement:
 class _Candidate:
     file: QdqFile
     judgement: Judgement
-    failures: list[str]  # of the calibration methods that gave no ranges
+    failures: Mapping[str, str]  # why a calibration method gave no file, as far as was tried
 
 
 def export_onnx_int8(
@@ -131,7 +137,7 @@ def export_onnx_int8(
         *captured.notes,
         *_notes(chosen.file, weights, latency),
         *by,
-        *dict.fromkeys(chosen.failures),
+        *chosen.failures.values(),
     )
     return ExportRecord(
         "onnx-int8",
@@ -212,14 +218,15 @@ def _choose(
     Operators without weights are left in float only where the best with all of them is not within
     `enough`.
     """
+    calibrated = cache(lambda method: calibrate(source, method, batches))
     candidates: list[_Candidate] = []
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     for weighted_only in (False, True):
-        for method in CALIBRATION:
+        for method in (method for method in CALIBRATION if method not in failures):
             try:
-                file = quantize_qdq(source, method, weights, batches, weighted_only)
+                file = quantize_qdq(source, calibrated(method), weights, weighted_only)
             except Exception as error:  # a collector may choke on what an activation holds
-                failures.append(f"{method} calibration failed: {reason(error)}")
+                failures[method] = f"{method} calibration failed: {reason(error)}"
                 continue
             judgement = judge(runner(open_session_int8(file.data), outputs))
             candidates.append(_Candidate(file, judgement, failures))
@@ -228,7 +235,7 @@ def _choose(
         if candidates and _best(candidates).judgement.drop <= enough:
             break
     if not candidates:
-        raise ExportError(f"no calibration gave ranges: {'; '.join(dict.fromkeys(failures))}")
+        raise ExportError(f"no calibration gave ranges: {'; '.join(failures.values())}")
     return _best(candidates)
 
 

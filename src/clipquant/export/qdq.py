@@ -53,36 +53,67 @@ def open_session_int8(file: bytes | str | Path, threads: int | None = None) -> o
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def quantize_qdq(
-    source: Path,
-    method: str,
-    weights: QuantizedWeights,
-    batches: Sequence[Example],
-    weighted_only: bool = False,
-) -> QdqFile:
-    """Return a float ONNX file in QDQ form, its ranges calibrated on batches.
+@dataclass(frozen=True)
+class Calibration:
+    """Ranges of a float file's activations.
+
+    Args:
+        method: How they were calibrated, of `CALIBRATION`.
+        ranges: What onnxruntime's calibrator gave, by the names of activations.
+        fed: One batch, by the names of inputs.
+    """
+
+    method: str
+    ranges: Any
+    fed: Mapping[str, np.ndarray]
+
+
+def calibrate(source: Path, method: str, batches: Sequence[Example]) -> Calibration:
+    """Return the range of each activation of a float ONNX file, seen batch after batch.
 
     Args:
         source: The float file; others are written beside it.
         method: Of `CALIBRATION`.
-        weights: The artifact's, whose codes are kept where the form can hold them.
         batches: Calls whose activations set the ranges.
+    """
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import create_calibrator
+
+    session = open_session_int8(source)
+    given = [feeds(session, batch) for batch in batches]
+    with quiet():
+        calibrator = create_calibrator(
+            source,
+            augmented_model_path=str(source.with_name(f"{method}.augmented")),
+            calibrate_method=CalibrationMethod[method],
+        )
+        for fed in given:  # the collectors stack the batches of one call, which may differ in size
+            calibrator.collect_data(_reader([fed]))
+        return Calibration(method, calibrator.compute_data(), given[0])
+
+
+def quantize_qdq(
+    source: Path, calibration: Calibration, weights: QuantizedWeights, weighted_only: bool = False
+) -> QdqFile:
+    """Return a float ONNX file in QDQ form.
+
+    Args:
+        source: The float file; others are written beside it.
+        calibration: Ranges of its activations.
+        weights: The artifact's, whose codes are kept where the form can hold them.
         weighted_only: Leave operators without weights in float.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    target = source.with_name(f"{method}.onnx")
-    session = open_session_int8(source)
-    given = [feeds(session, batch) for batch in batches]
+    target = source.with_name("int8.onnx")
     graph = onnx.load(source).graph
     scales, kept = _weights(graph, weights)
     with quiet():
-        ranges = _calibrate(source, method, given)
         quantize_static(
             source,
             target,
-            _reader(given[:1]),  # names what is calibrated; the ranges are given
+            _reader([calibration.fed]),  # names what is calibrated; the ranges are given
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -90,10 +121,10 @@ def quantize_qdq(
             nodes_to_quantize=list(_weighted(graph)) if weighted_only else None,
             extra_options={
                 "WeightSymmetric": True,
-                "TensorQuantOverrides": _activations(ranges) | scales,
+                "TensorQuantOverrides": _activations(calibration.ranges) | scales,
             },
         )
-    return QdqFile(method, weighted_only, target.read_bytes(), kept)
+    return QdqFile(calibration.method, weighted_only, target.read_bytes(), kept)
 
 
 def _weighted(graph: onnx.GraphProto) -> Iterator[str]:
@@ -105,21 +136,6 @@ def _weighted(graph: onnx.GraphProto) -> Iterator[str]:
         )
         if place is not None and node.input[place] in constants:
             yield node.name
-
-
-def _calibrate(source: Path, method: str, given: Sequence[Mapping[str, np.ndarray]]) -> Any:
-    """Return the range of each activation, batch after batch."""
-    from onnxruntime.quantization import CalibrationMethod
-    from onnxruntime.quantization.calibrate import create_calibrator
-
-    calibrator = create_calibrator(
-        source,
-        augmented_model_path=str(source.with_name(f"{method}.augmented")),
-        calibrate_method=CalibrationMethod[method],
-    )
-    for fed in given:  # the collectors stack the batches of one call, which may differ in size
-        calibrator.collect_data(_reader([fed]))
-    return calibrator.compute_data()
 
 
 def _reader(given: Sequence[Mapping[str, np.ndarray]]) -> Any:

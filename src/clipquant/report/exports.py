@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,28 @@ def latencies(export: Mapping[str, Any]) -> tuple[str, str]:
     return ", ".join(own), ", ".join(other)
 
 
-def export_remarks(report: QuantizationReport) -> list[tuple[str, ...]]:
-    """Return what the reader should know of each export: its file's name and notes, or why it failed.
+@dataclass(frozen=True)
+class Remark:
+    """What the reader should know of an export.
 
-    Exports that failed for one reason share a remark.
+    Args:
+        lines: Its file's name and notes; of exports that failed, why.
+        failed: Whether there is no file.
     """
+
+    lines: tuple[str, ...]
+    failed: bool = False
+
+
+def export_remarks(report: QuantizationReport) -> list[Remark]:
+    """Return a remark for each export; those that failed for one reason share one."""
     reasons: dict[str, list[str]] = {}
     for export in report.exports:
         if export["error"]:
             reasons.setdefault(export["error"], []).append(export["format"])
-    written = [_written(export) for export in report.exports if not export["error"]]
+    written = [Remark(_written(export)) for export in report.exports if not export["error"]]
     failed = [(f"{', '.join(names)} failed: {why}",) for why, names in reasons.items()]
-    return [*written, *failed]
+    return [*written, *(Remark(lines, failed=True) for lines in failed)]
 
 
 def _written(export: Mapping[str, Any]) -> tuple[str, ...]:

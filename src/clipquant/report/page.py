@@ -9,7 +9,7 @@ from importlib.resources import files
 from string import Template
 
 from clipquant.report import plots
-from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows
+from clipquant.report.exports import EXPORT_HEADER, Remark, export_remarks, export_rows
 from clipquant.report.plots import counted, short_bytes
 from clipquant.report.record import LayerRecord, QuantizationReport, Trial, drop_of
 from clipquant.report.table import figure
@@ -218,16 +218,16 @@ def _exports(report: QuantizationReport) -> str:
         for row in export_rows(report)
     )
     table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    remarks = "".join(map(_remarks, export_remarks(report)))
+    remarks = "".join(map(_remark, export_remarks(report)))
     why = (
         "Files that run without this package; metrics and times are those of the files themselves."
     )
     return _card("Exports", why, table + remarks)
 
 
-def _remarks(lines: Sequence[str]) -> str:
-    first, *rest = lines
-    kind = "remarks failed" if " failed: " in first else "remarks"
+def _remark(remark: Remark) -> str:
+    first, *rest = remark.lines
+    kind = "remarks failed" if remark.failed else "remarks"
     items = "".join(f"<li>{escape(line)}</li>" for line in rest)
     return f'<div class="{kind}"><p>{escape(first)}</p><ul>{items}</ul></div>'.replace(
         "<ul></ul>", ""

@@ -86,8 +86,8 @@ def print_summary(report: QuantizationReport) -> None:
         print(f"Artifact: {report.path}")
     if report.exports:
         print_table("Exports", EXPORT_HEADER, export_rows(report))
-    for first, *rest in export_remarks(report):
-        print("\n  ".join([f"Export {first}", *rest]))
+    for remark in export_remarks(report):
+        print("Export " + "\n  ".join(remark.lines))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
