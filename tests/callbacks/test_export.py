@@ -1,6 +1,7 @@
 """QuantizeOnFitEnd's exports, in real fits."""
 
 import json
+import threading
 
 import lightning.pytorch as pl
 import numpy as np
@@ -137,6 +138,14 @@ def test_an_example_that_cannot_be_inferred_is_told_in_the_report(tmp_path):
     callback = fit(Indirect(), tmp_path, export=["pt2"])
     assert "example_input_array" in callback.report.exports[0]["error"]
     assert callback.artifact_path.is_file()
+
+
+def test_a_module_that_cannot_be_copied_keeps_its_artifact_and_the_reason(tmp_path):
+    model = Net()
+    model.lock = threading.Lock()
+    callback = fit(model, tmp_path, export=["pt2", "onnx"])
+    assert callback.artifact_path.is_file()
+    assert all("cannot pickle" in record["error"] for record in callback.report.exports)
 
 
 def test_steps_that_go_around_forward_are_judged_by_distance(tmp_path):

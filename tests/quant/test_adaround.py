@@ -10,10 +10,10 @@ from clipquant import quantize
 from clipquant.quant.adaround import adaround
 from clipquant.quant.calibrate import calibrate
 from clipquant.quant.choose import data_free, nearest
+from clipquant.quant.forward import call_model
 from clipquant.quant.grid import dequantize, dequantize_rows
 from clipquant.quant.layers import select
 from clipquant.quant.model import quantize_weights
-from clipquant.quant.observe import call_model
 from clipquant.quant.outputs import distance, outputs_of, tensors_of
 from clipquant.quant.spec import QuantSpec
 

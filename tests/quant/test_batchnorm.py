@@ -10,7 +10,7 @@ from torch import nn
 
 from clipquant import quantize
 from clipquant.quant.batchnorm import batch_norms, reestimate
-from clipquant.quant.observe import twin
+from clipquant.quant.forward import twin
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from clipquant.quant.calibrate import calibrate
+from clipquant.quant.forward import calibration_data, twin
 from clipquant.quant.gptq import gptq_codes, plan_walk
 from clipquant.quant.grid import dequantize, dequantize_rows, quantize_rows
 from clipquant.quant.layers import select
 from clipquant.quant.model import quantize_weights
-from clipquant.quant.observe import calibration_data, observe, twin
+from clipquant.quant.observe import observe
 from clipquant.quant.ranges import minmax_grid
 from clipquant.quant.solve import output_error_of, solve
 from clipquant.quant.spec import QuantSpec

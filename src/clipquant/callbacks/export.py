@@ -82,8 +82,10 @@ def export_files(
         calibration_batches: Train batches that calibrate the ranges of activations.
         max_drop: Most that int8 may lose of the monitored metric.
     """
-    module = copy_module(module).eval()
+    if not formats:
+        return ()
     try:
+        module = copy_module(module).eval()
         batch = next(train_batches(trainer), None)
         example = find_example(module, batch, call=_seen_call(trainer, module, batch))
     except Exception as error:

@@ -22,13 +22,13 @@ from clipquant.budget.goal import (
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.quant.auto import allocator, smallest_weights
 from clipquant.quant.calibrate import Progress
+from clipquant.quant.forward import Forward, call_model
 from clipquant.quant.layers import Globs, Target, select
 from clipquant.quant.model import (
     QuantizedWeights,
     check_finite,
     specs_for,
 )
-from clipquant.quant.observe import Forward, call_model
 from clipquant.quant.spec import Granularity, QuantSpec
 from clipquant.report.stored import describe
 

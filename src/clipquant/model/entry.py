@@ -13,13 +13,13 @@ from clipquant.artifact import load_state
 from clipquant.model.auto import AutoBits, Seen, check_auto, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.quant.calibrate import Progress
+from clipquant.quant.forward import Forward, calibration_data, call_model
 from clipquant.quant.layers import Globs, select
 from clipquant.quant.model import (
     QuantizedWeights,
     check_method,
     quantize_weights,
 )
-from clipquant.quant.observe import Forward, calibration_data, call_model
 from clipquant.quant.sensitivity import output_divergence, squared_gradients
 from clipquant.quant.spec import Granularity
 from clipquant.report.progress import progress_bar

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.quant.calibrate import Calibrated, Progress, bias_of, hold_
+from clipquant.quant.forward import Forward, call_model, twin
 from clipquant.quant.grid import dequantize_rows
 from clipquant.quant.layers import Target
-from clipquant.quant.observe import Forward, call_model, twin
 from clipquant.quant.outputs import distance, outputs_of
 from clipquant.quant.own_error import OwnError, own_errors
 from clipquant.quant.rounding import Rounding

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from clipquant.quant.allocate import WIDTHS, Choices, Frontier, frontier
 from clipquant.quant.calibrate import Progress, bias_of, is_lookup
+from clipquant.quant.forward import Forward, call_model, twin
 from clipquant.quant.grid import Grid, from_codes
 from clipquant.quant.layers import Selection, Target
 from clipquant.quant.model import QuantizedWeights, followed, rest_of, settled_statistics
-from clipquant.quant.observe import HESSIAN_LIMIT, Forward, Moments, call_model, observe, twin
+from clipquant.quant.observe import HESSIAN_LIMIT, Moments, observe
 from clipquant.quant.row_gptq import solve_rows
 from clipquant.quant.row_ranges import nearest_rows
 from clipquant.quant.row_table import RowTable

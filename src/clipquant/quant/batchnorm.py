@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clipquant.quant.observe import Forward, call_model
+from clipquant.quant.forward import Forward, call_model
 from clipquant.quant.outputs import distance, outputs_of
 
 _LEAST = 1e-12  # a variance below this is that of a constant channel

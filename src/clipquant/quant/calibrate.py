@@ -10,18 +10,10 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from clipquant.quant.forward import Forward, call_model, twin
 from clipquant.quant.grid import dequantize, dequantize_rows
 from clipquant.quant.layers import Target
-from clipquant.quant.observe import (
-    Forward,
-    Moments,
-    Use,
-    call_model,
-    observe,
-    twin,
-    uses,
-    watches_of,
-)
+from clipquant.quant.observe import Moments, Use, observe, uses, watches_of
 from clipquant.quant.solve import Solution, solve, solve_free
 from clipquant.quant.spec import QuantizedTensor, QuantSpec
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from clipquant.quant.calibrate import Calibrated, hold_
+from clipquant.quant.forward import Forward, call_model, twin
 from clipquant.quant.grid import dequantize, dequantize_rows
 from clipquant.quant.layers import Target
-from clipquant.quant.observe import Forward, call_model, twin
 from clipquant.quant.outputs import distance, outputs_of
 from clipquant.quant.solve import solve_free
 from clipquant.quant.spec import QuantizedTensor, QuantSpec

@@ -140,6 +140,22 @@ def dequantize_rows(codes: Tensor, grid: Grid) -> Tensor:
     return ungroup(values.mul_(grid.scale.to(work).unsqueeze(-1)), codes.shape[1])
 
 
+def wide_grid(
+    grid: Grid, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scale and zero of every weight, (columns, rows), and the top code of every row."""
+
+    def wide(part: Tensor) -> Tensor:
+        return part.to(dtype).expand(rows, -1).T.repeat_interleave(grid.group_size, 0)[:columns]
+
+    scale = wide(grid.scale)
+    top = torch.as_tensor(grid.levels, device=scale.device).reshape(-1).expand(rows)
+    if grid.zero is not None:
+        return scale, wide(grid.zero), top.to(dtype)
+    zero = torch.as_tensor(symmetric_zero(top)).to(dtype)
+    return scale, zero.expand(columns, rows), top.to(dtype)
+
+
 def grid_of(tensor: QuantizedTensor) -> Grid:
     """Return the grid on which the codes of a quantized tensor stand."""
     levels: int | Tensor

@@ -14,9 +14,9 @@ from clipquant.quant.adaround import adaround
 from clipquant.quant.batchnorm import batch_norms, reestimate
 from clipquant.quant.calibrate import Calibrated, Progress, calibrate, hold_, seen_uses
 from clipquant.quant.choose import data_free, nearest
+from clipquant.quant.forward import Forward, call_model, twin
 from clipquant.quant.grid import dequantize, from_codes
 from clipquant.quant.layers import Globs, LeftInFloat, Target, check_globs, select
-from clipquant.quant.observe import Forward, call_model, twin
 from clipquant.quant.ranges import quantize_weight
 from clipquant.quant.solve import Solution, solve_free
 from clipquant.quant.spec import Granularity, QuantizedTensor, QuantSpec, check_bits

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.observe import Forward
+from clipquant.quant.forward import Forward
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

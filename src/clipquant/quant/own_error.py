@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from clipquant.quant.calibrate import bias_of
+from clipquant.quant.forward import Forward, call_model
 from clipquant.quant.grid import dequantize_rows
 from clipquant.quant.layers import Target
-from clipquant.quant.observe import HESSIAN_LIMIT, Forward, Moments, call_model, observe
+from clipquant.quant.observe import HESSIAN_LIMIT, Moments, observe
 from clipquant.quant.solve import plain_rounding
 from clipquant.quant.spec import QuantSpec
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from clipquant.quant.allocate import WIDTHS
-from clipquant.quant.gptq import OutputError, Walk, descend, gptq_codes, plan_walk, refine
+from clipquant.quant.descent import descend, refine
+from clipquant.quant.gptq import Walk, gptq_codes, plan_walk
 from clipquant.quant.grid import Grid, dequantize_rows, group, quantize_rows
 from clipquant.quant.observe import Moments
+from clipquant.quant.output_error import OutputError
 from clipquant.quant.ranges import extremes, grid_between, narrow, recentre
 from clipquant.quant.row_table import RowTable, join_rows, stack_grids
 from clipquant.quant.solve import DAMPING

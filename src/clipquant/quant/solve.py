@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from clipquant.quant.gptq import OutputError, Walk, best_of, gptq_codes, plan_walk, refine
+from clipquant.quant.descent import refine
+from clipquant.quant.gptq import Walk, gptq_codes, plan_walk
 from clipquant.quant.grid import Grid, dequantize_rows, quantize_rows
 from clipquant.quant.observe import Moments
+from clipquant.quant.output_error import OutputError, best_of
 from clipquant.quant.ranges import hqq_grid, minmax_codes, minmax_grid, mse_grid, shrunk_grid
 from clipquant.quant.spec import QuantSpec
 
