@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from clipquant import QuantizedModel, TwoConvNet, quantize
-from clipquant.quant.model import METHODS
+from clipquant.quant.recipe import METHODS
 from clipquant.reference import FashionMNIST
 from clipquant.report.table import print_table
 

@@ -32,7 +32,7 @@ from clipquant.export.bench import interleaved_medians
 from clipquant.export.onnx import feeds, open_session
 from clipquant.export.onnx_int8 import runner
 from clipquant.export.qdq import open_session_int8
-from clipquant.quant.model import quantize_weights
+from clipquant.quant.quantize import quantize_weights
 from clipquant.reference import FashionMNIST, TwoConvNet
 
 THREADS = 1

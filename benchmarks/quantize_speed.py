@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from clipquant import quantize
-from clipquant.quant.model import quantize_weights
-from clipquant.quant.pack import pack, unpack
-from clipquant.quant.packed_weight import pack_tensor
+from clipquant.quant.codes.pack import pack, unpack
+from clipquant.quant.packed.weight import pack_tensor
+from clipquant.quant.quantize import quantize_weights
 
 SIDE, LAYERS = 4096, 4
 

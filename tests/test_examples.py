@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from clipquant import TwoConvNet, load_quantized
 from clipquant.artifact import read_artifact
 from clipquant.cli import main
-from clipquant.quant import row_gptq
-from clipquant.quant.adaround import adaround
+from clipquant.quant.widths import rows as row_gptq
+from clipquant.quant.methods.adaround import adaround
 from clipquant.reference import MNIST5k
 from clipquant.reference.fashion_mnist import DEBIAN_FOLDER
 
@@ -62,7 +62,7 @@ def test_example_runs_and_leaves_a_whole_file(path, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(row_gptq, "_FINE", (1.0,))
     monkeypatch.setattr(row_gptq, "SWEEPS", 1)
     # Likewise few of the steps that learn codes at 4 bits.
-    monkeypatch.setattr("clipquant.quant.model.adaround", partial(adaround, steps=12))
+    monkeypatch.setattr("clipquant.quant.quantize.adaround", partial(adaround, steps=12))
     artifact, metrics = run(path, tmp_path)
     assert main(["verify", str(artifact)]) == 0
     assert {"val_loss", "val_acc", "grad_norm"} <= set(metrics)

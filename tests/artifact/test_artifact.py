@@ -25,8 +25,8 @@ from clipquant.artifact import (
     verify_artifact,
 )
 from clipquant.artifact.envelope import seal, sealed_size
-from clipquant.quant.grid import dequantize
-from clipquant.quant.model import quantize_weights
+from clipquant.quant.codes.tensor import dequantize
+from clipquant.quant.quantize import quantize_weights
 
 
 class Tied(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clipquant.export import Example
-from clipquant.quant.model import quantize_weights
+from clipquant.quant.quantize import quantize_weights
 
 
 class Zoo(nn.Module):

@@ -10,8 +10,8 @@ from torch import nn
 from clipquant import quantize, to_compressed_tensors
 from clipquant.export import ExportError
 from clipquant.export.compressed_tensors import to_pack_quantized
-from clipquant.quant.grid import dequantize
-from clipquant.quant.model import quantize_weights
+from clipquant.quant.codes.tensor import dequantize
+from clipquant.quant.quantize import quantize_weights
 
 
 class Mixed(nn.Module):

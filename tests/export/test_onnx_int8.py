@@ -8,7 +8,7 @@ from torch import nn
 from clipquant.export import Example, ExportError, Judgement, export_onnx_int8
 from clipquant.export.bench import interleaved_medians
 from clipquant.export.onnx import dequantized_copy
-from clipquant.quant.model import quantize_weights
+from clipquant.quant.quantize import quantize_weights
 from clipquant.reference import TwoConvNet
 
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from clipquant.export.onnx_weights import emit_weight, stored_weight, stored_width
-from clipquant.quant.grid import Grid, dequantize, from_codes
-from clipquant.quant.ranges import quantize_weight
-from clipquant.quant.spec import Layout, QuantizedTensor, QuantSpec
+from clipquant.quant.codes.grid import Grid
+from clipquant.quant.codes.layout import Layout
+from clipquant.quant.codes.ranges import quantize_weight
+from clipquant.quant.codes.spec import QuantSpec
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize, from_codes
 
 
 def weight_model(tensor: QuantizedTensor, opset: int | None = None) -> onnx.ModelProto:

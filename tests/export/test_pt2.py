@@ -6,7 +6,7 @@ from clipquant.artifact import serialize
 from clipquant.export import Example, ExportError, export_pt2
 from clipquant.export.example import largest_difference
 from clipquant.export.onnx import dequantized_copy
-from clipquant.quant.model import quantize_weights
+from clipquant.quant.quantize import quantize_weights
 from clipquant.reference import TwoConvNet
 
 LOAD = """

@@ -8,7 +8,7 @@ import torch
 
 from clipquant import TwoConvNet
 from clipquant.export import Example, export_onnx
-from clipquant.quant.model import quantize_weights
+from clipquant.quant.quantize import quantize_weights
 
 README = Path(__file__).parents[2] / "README.md"
 

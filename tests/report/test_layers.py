@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipquant.quant.grid import dequantize
-from clipquant.quant.ranges import quantize_weight
-from clipquant.quant.spec import Layout, QuantizedTensor, QuantSpec
+from clipquant.quant.codes.layout import Layout
+from clipquant.quant.codes.ranges import quantize_weight
+from clipquant.quant.codes.spec import QuantSpec
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.report.layers import (
     histogram,
     rows_by_width,
@@ -89,7 +90,7 @@ def test_sqnr_in_parts_is_that_of_the_whole(dtype: torch.dtype, cached: int, siz
     layout = Layout((6, 2, 5), axis=1, groups=3)
     tensor = quantize_weight(weight, QuantSpec(3, granularity=4), layout)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipquant.quant.grid._CACHED", cached)
+        patch.setattr("clipquant.quant.codes.grid._CACHED", cached)
         assert sqnr_of(weight, tensor) == pytest.approx(sqnr_db(weight, dequantize(tensor)), 1e-4)
 
 

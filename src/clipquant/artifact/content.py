@@ -18,13 +18,12 @@ from clipquant.artifact.envelope import (
     unseal,
     write_whole,
 )
-from clipquant.quant.grid import dequantize
-from clipquant.quant.layers import LeftInFloat
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.pack import pack, packed_bytes
-from clipquant.quant.packed import pack_modules_
-from clipquant.quant.packed_weight import PackedTensor, unpack_tensor
-from clipquant.quant.spec import Layout, QuantizedTensor
+from clipquant.quant.codes.layout import Layout
+from clipquant.quant.codes.pack import pack, packed_bytes
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.codes.weights import LeftInFloat, QuantizedWeights
+from clipquant.quant.packed.modules import pack_modules_
+from clipquant.quant.packed.weight import PackedTensor, unpack_tensor
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def serialized_size(weights: QuantizedWeights, extra: Mapping[str, Any] | None =
         weights: What would be saved.
         extra: JSON-able entries for the metadata.
 
-    >>> from clipquant.quant.model import quantize_weights
+    >>> from clipquant.quant.quantize import quantize_weights
     >>> weights = quantize_weights(nn.Linear(8, 4), bits=3)
     >>> serialized_size(weights) == len(serialize(weights))
     True

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from clipquant.budget.goal import BudgetError, Goal, Metrics, refuse_below
-from clipquant.quant.allocate import MAX_TRIALS, smallest_that_holds
-from clipquant.quant.auto import Allocator
-from clipquant.quant.model import QuantizedWeights
+from clipquant.quant.codes.weights import QuantizedWeights
+from clipquant.quant.widths.allocator import Allocator
+from clipquant.quant.widths.frontier import MAX_TRIALS, smallest_that_holds
 from clipquant.report.record import Budget, Trial, drop_of
 
 _SIZES = 400  # that a search for the smallest size chooses from: 9 bisections

@@ -19,9 +19,9 @@ from clipquant.callbacks.data import calibration_batches, train_batches
 from clipquant.callbacks.evaluate import judge
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits, Seen, quantize_auto
-from clipquant.quant.layers import select
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.sensitivity import output_divergence, squared_gradients
+from clipquant.quant.codes.weights import QuantizedWeights
+from clipquant.quant.network.layers import select
+from clipquant.quant.widths.sensitivity import output_divergence, squared_gradients
 from clipquant.report.progress import progress_bar
 
 

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from clipquant.quant.forward import Forward, call_model
+from clipquant.quant.network.calibration import Forward, call_model
 
 
 def step_forward(trainer: pl.Trainer, module: pl.LightningModule) -> Forward:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from clipquant.quant.forward import calibration_data
+from clipquant.quant.network.calibration import calibration_data
 
 
 def validation_data(trainer: pl.Trainer, module: pl.LightningModule) -> Any:

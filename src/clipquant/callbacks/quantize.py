@@ -32,10 +32,11 @@ from clipquant.callbacks.quantize_checks import (
 )
 from clipquant.model import QuantizedModel, quantize
 from clipquant.model.auto import AutoBits, check_auto, check_smallest
-from clipquant.quant.batchnorm import batch_norms
-from clipquant.quant.layers import select
-from clipquant.quant.model import CALIBRATED, check_method, method_for, specs_for
-from clipquant.quant.spec import QuantSpec
+from clipquant.quant.codes.spec import QuantSpec
+from clipquant.quant.methods.auto import method_for
+from clipquant.quant.network.batchnorm import batch_norms
+from clipquant.quant.network.layers import select
+from clipquant.quant.recipe import CALIBRATED, check_method, specs_for
 from clipquant.report.files import write_report
 from clipquant.report.record import QuantizationReport
 from clipquant.report.table import print_summary

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from clipquant.quant.model import CALIBRATED
+from clipquant.quant.recipe import CALIBRATED
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -15,10 +15,9 @@ from torch.nn.functional import pad
 
 from clipquant.export.example import ExportError
 from clipquant.export.record import write_whole
-from clipquant.quant.grid import dequantize
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.pack import pack
-from clipquant.quant.spec import QuantizedTensor
+from clipquant.quant.codes.pack import pack
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.codes.weights import QuantizedWeights
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from clipquant.export.capture import Capture, capture, quiet
 from clipquant.export.example import Example, ExportError, largest_difference, reason
 from clipquant.export.onnx_weights import emit_weight, stored_weight, stored_width
 from clipquant.export.record import ExportRecord, write_whole
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.spec import QuantizedTensor
+from clipquant.quant.codes.tensor import QuantizedTensor
+from clipquant.quant.codes.weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import onnx_ir as ir

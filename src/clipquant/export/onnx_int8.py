@@ -36,7 +36,7 @@ from clipquant.export.qdq import (
     quantize_qdq,
 )
 from clipquant.export.record import ExportRecord, write_whole
-from clipquant.quant.model import QuantizedWeights
+from clipquant.quant.codes.weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipquant.quant.grid import grid_of, group, symmetric_zero
-from clipquant.quant.spec import QuantizedTensor
+from clipquant.quant.codes.grid import group, symmetric_zero
+from clipquant.quant.codes.tensor import QuantizedTensor, grid_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,8 +56,8 @@ class StoredWeight:
 def stored_width(tensor: QuantizedTensor, opset: int | None = None) -> int:
     """Return the narrowest width of ONNX integers, among those of `opset`, that holds the codes.
 
-    >>> from clipquant.quant.ranges import quantize_weight
-    >>> from clipquant.quant.spec import QuantSpec
+    >>> from clipquant.quant.codes.ranges import quantize_weight
+    >>> from clipquant.quant.codes.spec import QuantSpec
     >>> tensor = quantize_weight(torch.eye(4), QuantSpec(2))
     >>> stored_width(tensor), stored_width(tensor, opset=21), stored_width(tensor, opset=20)
     (2, 4, 8)

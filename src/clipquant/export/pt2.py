@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 from clipquant.export.capture import capture, quiet
 from clipquant.export.example import Example, largest_difference
 from clipquant.export.record import ExportRecord, write_whole
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.packed import packed_copy
+from clipquant.quant.codes.weights import QuantizedWeights
+from clipquant.quant.packed.modules import packed_copy
 
 
 def export_pt2(
@@ -39,7 +39,7 @@ def export_pt2(
         OSError: If the file cannot be written.
 
     >>> from tempfile import TemporaryDirectory
-    >>> from clipquant.quant.model import quantize_weights
+    >>> from clipquant.quant.quantize import quantize_weights
     >>> layer = nn.Linear(64, 32)
     >>> with TemporaryDirectory() as folder:
     ...     example = Example((torch.zeros(1, 64),))

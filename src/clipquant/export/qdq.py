@@ -13,9 +13,8 @@ from torch import Tensor
 from clipquant.export.capture import quiet
 from clipquant.export.example import Example
 from clipquant.export.onnx import feeds
-from clipquant.quant.grid import dequantize
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.spec import QuantizedTensor
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.codes.weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import onnx

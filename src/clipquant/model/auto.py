@@ -20,16 +20,12 @@ from clipquant.budget.goal import (
     spare_bytes,
 )
 from clipquant.model.quantized import QuantizedModel, make_report
-from clipquant.quant.auto import allocator, smallest_weights
-from clipquant.quant.calibrate import Progress
-from clipquant.quant.forward import Forward, call_model
-from clipquant.quant.layers import Globs, Target, select
-from clipquant.quant.model import (
-    QuantizedWeights,
-    check_finite,
-    specs_for,
-)
-from clipquant.quant.spec import Granularity, QuantSpec
+from clipquant.quant.codes.spec import Granularity, QuantSpec
+from clipquant.quant.codes.weights import QuantizedWeights
+from clipquant.quant.network.calibration import Forward, Progress, call_model
+from clipquant.quant.network.layers import Globs, Target, check_finite, select
+from clipquant.quant.recipe import specs_for
+from clipquant.quant.widths.allocator import allocator, smallest_weights
 from clipquant.report.stored import describe
 
 

@@ -12,16 +12,13 @@ from torch import Tensor, nn
 from clipquant.artifact import load_state
 from clipquant.model.auto import AutoBits, Seen, check_auto, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
-from clipquant.quant.calibrate import Progress
-from clipquant.quant.forward import Forward, calibration_data, call_model
-from clipquant.quant.layers import Globs, select
-from clipquant.quant.model import (
-    QuantizedWeights,
-    check_method,
-    quantize_weights,
-)
-from clipquant.quant.sensitivity import output_divergence, squared_gradients
-from clipquant.quant.spec import Granularity
+from clipquant.quant.codes.spec import Granularity
+from clipquant.quant.codes.weights import QuantizedWeights
+from clipquant.quant.network.calibration import Forward, Progress, calibration_data, call_model
+from clipquant.quant.network.layers import Globs, select
+from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import check_method
+from clipquant.quant.widths.sensitivity import output_divergence, squared_gradients
 from clipquant.report.progress import progress_bar
 
 

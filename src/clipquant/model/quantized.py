@@ -10,9 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from clipquant.artifact import load_state, save_artifact, serialized_size
-from clipquant.quant.model import (
-    QuantizedWeights,
-)
+from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.report.files import environment
 from clipquant.report.layers import bits_per_weight, layer_records
 from clipquant.report.record import QuantizationReport

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clipquant.quant.grid import Grid, dequantize_rows, grid_of, row_chunks
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.pack import packed_bytes
-from clipquant.quant.spec import QuantizedTensor
+from clipquant.quant.codes.grid import Grid, dequantize_rows, row_chunks
+from clipquant.quant.codes.pack import packed_bytes
+from clipquant.quant.codes.tensor import QuantizedTensor, grid_of
+from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.report.record import Histogram, LayerRecord
 
 BINS = 48

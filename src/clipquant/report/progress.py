@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
-from clipquant.quant.calibrate import Progress
+from clipquant.quant.network.calibration import Progress
 
 PATIENCE = 2.0  # seconds before a bar appears
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from clipquant.quant.layers import LeftInFloat
+from clipquant.quant.codes.weights import LeftInFloat
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from clipquant.quant.model import QuantizedWeights
-from clipquant.quant.spec import QuantizedTensor
+from clipquant.quant.codes.tensor import QuantizedTensor
+from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.report.layers import bits_per_weight, layer_record, typical_levels
 from clipquant.report.record import (
     Budget,

@@ -1,0 +1,1 @@
+"""What a weight becomes: grids, codes and bytes."""

@@ -1,0 +1,57 @@
+"""The state of a model whose weights are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """A model's state: quantized weights, and every other tensor as it is.
+
+    Args:
+        tensors: State-dict key -> quantized weight.
+        floats: State-dict key -> any other tensor, of any dtype.
+        aliases: Key of a tied tensor -> the key under which it is held.
+        left: What stays in float, and why.
+        notes: State-dict key -> what the reader should know of a weight, such as a fallback.
+    """
+
+    tensors: Mapping[str, QuantizedTensor]
+    floats: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
+    left: tuple[LeftInFloat, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every key of the model's state dict, the quantized weights dequantized."""
+        state = {name: dequantize(tensor) for name, tensor in self.tensors.items()}
+        state |= self.floats
+        return state | {alias: state[name] for alias, name in self.aliases.items()}
+
+
+def rest_of(
+    model: nn.Module, taken: Iterable[str], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return copies of the tensors of a state dict that are neither quantized nor tied."""
+    taken = set(taken) | set(aliases)
+    state = model.state_dict()
+    return {
+        name: tensor.detach().clone().contiguous()
+        for name, tensor in state.items()
+        if name not in taken and isinstance(tensor, Tensor)
+    }
+
+
+@dataclass(frozen=True)
+class LeftInFloat:
+    """A tensor that stays as it was: its key, its bytes and the reason."""
+
+    name: str
+    bytes: int
+    why: str

@@ -1,0 +1,1 @@
+"""The error of a layer's outputs, and how codes lower it."""

@@ -1,0 +1,210 @@
+"""BatchNorm statistics of the inputs that quantized weights give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.codes.weights import LeftInFloat
+from clipquant.quant.network.calibration import Forward, call_model
+from clipquant.quant.network.outputs import distance, outputs_of
+from clipquant.quant.network.twin import hold_, twin
+
+_LEAST = 1e-12  # a variance below this is that of a constant channel
+
+
+@dataclass
+class _Shift:
+    """How much one layer's inputs moved: per channel, averaged over the values seen."""
+
+    mean: Tensor
+    ratio: Tensor
+    count: int
+
+    def add_(self, mean: Tensor, ratio: Tensor, count: int) -> None:
+        share = count / (self.count + count)
+        self.mean = torch.lerp(self.mean, mean, share)
+        self.ratio = torch.lerp(self.ratio, ratio, share)
+        self.count += count
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of a model that normalize by running statistics.
+
+    >>> list(batch_norms(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))))
+    ['1']
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+def reestimate(
+    exact: nn.Module,
+    rounded: nn.Module,
+    batches: Sequence[Any],
+    forward: Forward = call_model,
+) -> dict[str, Tensor]:
+    """Return running statistics that follow the means and variances which rounding moved.
+
+    The float network's statistics come from a whole training, a few batches' would be a worse estimate.
+    So each mean is moved by the difference between both networks' means on the same batches, and each
+    variance by the ratio of theirs: networks with equal weights keep theirs. They are kept, too, where
+    the new ones do not bring the outputs nearer.
+
+    Args:
+        exact: The float network, in eval mode; not changed.
+        rounded: The quantized one, in eval mode; it holds the new statistics where they are better.
+        batches: Calibration inputs.
+        forward: Runs a model on a batch.
+
+    Returns:
+        State-dict key -> new statistic; empty where there is none, or none that is better.
+
+    Source:
+        Re-estimation after quantizing: Sun et al. 2019, arXiv 1911.07190; Nagel et al. 2019, arXiv 1906.04721.
+    """
+    layers = batch_norms(exact)
+    if not layers or not batches:
+        return {}
+    last = list(layers)[-1]
+    before = _mean_distance(exact, rounded, batches, forward, last)
+    shifts = _shifts(exact, rounded, list(layers), batches, forward)
+    old: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
+    for name, shift in shifts.items():
+        layer = rounded.get_submodule(name)
+        mean, variance = _statistics(layer)
+        old |= {f"{name}.running_mean": mean, f"{name}.running_var": variance}
+        new[f"{name}.running_mean"] = (mean + shift.mean).to(mean.dtype)
+        new[f"{name}.running_var"] = (variance * shift.ratio).to(variance.dtype)
+    _hold_(rounded, new)
+    if _mean_distance(exact, rounded, batches, forward, last) < before:
+        return new
+    _hold_(rounded, old)
+    return {}
+
+
+def _hold_(model: nn.Module, statistics: dict[str, Tensor]) -> None:
+    for key, value in statistics.items():
+        path, _, name = key.rpartition(".")
+        model.get_submodule(path)._buffers[name] = value
+
+
+def _mean_distance(
+    exact: nn.Module, rounded: nn.Module, batches: Sequence[Any], forward: Forward, last: str
+) -> float:
+    total = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            found, wanted = (
+                outputs_of(model, batch, forward, model.get_submodule(last))
+                for model in (rounded, exact)
+            )
+            total += float(distance(found, wanted))
+    return total / len(batches)
+
+
+def _shifts(
+    exact: nn.Module,
+    rounded: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Any],
+    forward: Forward,
+) -> dict[str, _Shift]:
+    """Return how each layer's inputs moved, once the layers before it have made up for their own."""
+    watch = _Watch({}, {})
+    with torch.no_grad():
+        for batch in batches:
+            watch.seen.clear()
+            with _watched(exact, names, watch.note):
+                forward(exact, batch)
+            with _watched(rounded, names, watch.follow):
+                forward(rounded, batch)
+    return watch.shifts
+
+
+@dataclass
+class _Watch:
+    """The float network's moments in one batch, and how far the other's have been off so far."""
+
+    seen: dict[str, list[tuple[Tensor, Tensor]]]
+    shifts: dict[str, _Shift]
+
+    def note(self, name: str, _layer: _BatchNorm, x: Tensor) -> None:
+        self.seen.setdefault(name, []).append(_moments(x)[:2])
+
+    def follow(self, name: str, layer: _BatchNorm, x: Tensor) -> Tensor | None:
+        """Return the layer's output with statistics that follow this batch's shift."""
+        if not self.seen.get(name):
+            return None
+        mean, variance = self.seen[name].pop(0)
+        own_mean, own_variance, count = _moments(x)
+        ratio = torch.where(variance > _LEAST, own_variance / variance.clamp(min=_LEAST), 1.0)
+        shift = _Shift(own_mean - mean, ratio, count)
+        if name in self.shifts:
+            self.shifts[name].add_(shift.mean, shift.ratio, shift.count)
+        else:
+            self.shifts[name] = _Shift(shift.mean, shift.ratio, shift.count)
+        return _normalized(layer, x, shift)
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[None]:
+    def hook(name: str) -> Any:
+        return lambda layer, args, _output: see(name, layer, args[0])
+
+    handles = [model.get_submodule(n).register_forward_hook(hook(n)) for n in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return mean and variance of each channel (dimension 1), and the values that each is taken over."""
+    values = x.transpose(0, 1).flatten(1).float()
+    variance, mean = torch.var_mean(values, dim=1, correction=0)
+    return mean, variance, values.shape[1]
+
+
+def _statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the running mean and variance of one of the `batch_norms`."""
+    return cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
+
+
+def _normalized(layer: _BatchNorm, x: Tensor, shift: _Shift) -> Tensor:
+    mean, variance = _statistics(layer)
+    mean, variance = (mean + shift.mean).to(x.dtype), (variance * shift.ratio).to(x.dtype)
+    return nn.functional.batch_norm(x, mean, variance, layer.weight, layer.bias, eps=layer.eps)
+
+
+def settled_statistics(
+    model: nn.Module,
+    tensors: Mapping[str, QuantizedTensor],
+    biases: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    forward: Forward,
+) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics that suit the quantized weights better than the model's own."""
+    if not batches or not batch_norms(model):
+        return {}
+    exact, rounded = twin(model), twin(model)
+    hold_(exact, rounded, {name: dequantize(tensor) for name, tensor in tensors.items()})
+    hold_(exact, rounded, biases)
+    return reestimate(exact, rounded, batches, forward)
+
+
+def followed(item: LeftInFloat) -> LeftInFloat:
+    """Return the entry of a statistic that was estimated anew."""
+    return replace(item, why="BatchNorm statistic, re-estimated for the quantized weights")

@@ -1,0 +1,252 @@
+"""Second moments of the inputs that weights meet, by hooks and repeated forward passes, no tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipquant.quant.network.calibration import Forward, call_model
+from clipquant.quant.network.layers import Target, weights_of
+from clipquant.quant.network.patches import Reader, heads_output, patches, reader_of
+
+HESSIAN_LIMIT = 1 << 30  # bytes of one weight's second moments; above, only their diagonal is kept
+_POSITIONS = 4096  # of one chunk of patches: neighbours in an image say nearly the same
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a weight W's inputs, averaged over positions: all that its output error needs.
+
+    With x the inputs in the network quantized so far and y = W f the outputs in the float one:
+
+    Args:
+        hessian: (groups, columns, columns): E[x x^T]; the weight's rows fall evenly into the groups.
+            (groups, columns), the diagonal alone, where all of it would take too much memory.
+        goal: (groups, rows / groups, columns): E[y x^T]; W E[x^2] with a diagonal.
+        energy: (groups, rows / groups): E[y^2].
+        mean: (groups, columns): E[x].
+        output: (groups, rows / groups): E[y].
+        count: Positions averaged over.
+    """
+
+    hessian: Tensor
+    goal: Tensor
+    energy: Tensor
+    mean: Tensor
+    output: Tensor
+    count: int
+
+
+class _Sums:
+    """Running sums of one weight's moments."""
+
+    def __init__(self, target: Target, limit: int) -> None:
+        self.matrix = target.layout.fold(target.weight.detach()).float()
+        self.limit = limit
+        self.count = 0
+
+    def add_(self, x: Tensor, f: Tensor) -> None:
+        """Add the quantized network's inputs x and the float one's f, (groups, positions, columns)."""
+        groups, positions, columns = x.shape
+        weight = self.matrix.reshape(groups, -1, columns)
+        if not self.count:
+            self.full = groups * columns * columns * 4 <= self.limit
+            self.hessian = (
+                x.new_zeros(groups, columns, columns) if self.full else x.new_zeros(groups, columns)
+            )
+            self.goal = torch.zeros_like(weight)
+            self.energy, self.output = x.new_zeros(2, *weight.shape[:2])
+            self.mean = x.new_zeros(groups, columns)
+        y = f @ weight.mT
+        if self.full:
+            self.hessian.baddbmm_(x.mT, x)
+            self.goal.baddbmm_(y.mT, x)
+        else:
+            self.hessian += x.square().sum(1)
+        self.energy += y.square().sum(1)
+        self.output += y.sum(1)
+        self.mean += x.sum(1)
+        self.count += positions
+
+    def result(self) -> Moments:
+        n = self.count
+        hessian = self.hessian.div_(n)
+        if not self.full:
+            weight = self.matrix.reshape(self.goal.shape)
+            self.goal = weight * hessian[:, None] * n
+            self.energy = (self.goal * weight).sum(2)
+        return Moments(
+            hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n
+        )
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One place where a weight is used: the module whose calls tell its inputs, and how to read them."""
+
+    module: nn.Module
+    target: Target
+    read: Reader
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a weight was met in one forward pass: when first, with which inputs, how often."""
+
+    order: int
+    inputs: tuple[int, ...]
+    calls: int
+
+
+def watches_of(model: nn.Module, target: Target) -> tuple[list[Watch], list[str]]:
+    """Return where in `model` a weight is used, tied uses included, and why a use cannot be read."""
+    projections = {
+        id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    }
+    watches, reasons = [], []
+    for place in _places(model, target):
+        parent = projections.get(id(place.module))
+        read = reader_of(place) if parent is None else partial(heads_output, parent)
+        if isinstance(read, str):
+            reasons.append(read)
+        else:
+            watches.append(Watch(place.module if parent is None else parent, place, read))
+    return watches, reasons
+
+
+def _places(model: nn.Module, target: Target) -> Iterator[Target]:
+    """Yield each weight of `model` that is the target's tensor."""
+    held = target.name.rpartition(".")
+    owner = model.get_submodule(held[0])
+    weight = getattr(owner, held[2])
+    for place in weights_of(model):
+        if place.weight is weight:
+            yield place
+
+
+@contextmanager
+def _hooked(watches: Sequence[Watch], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call `see(index of the watch, inputs)` at every call of a watched module."""
+    busy = False
+
+    def hook(index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal busy
+        if busy:
+            return
+        busy = True  # reading an attention's heads runs it again
+        try:
+            see(index, watches[index].read((args, kwargs, output)))
+        finally:
+            busy = False
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would pass the layers by
+    handles = [
+        watch.module.register_forward_hook(partial(hook, index), with_kwargs=True)
+        for index, watch in enumerate(watches)
+    ]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+
+
+def uses(
+    model: nn.Module, targets: Sequence[Target], batch: Any, forward: Forward = call_model
+) -> dict[str, Use]:
+    """Return how each weight that one batch reaches is used, in the order of first use.
+
+    Weights that first meet the very same tensor, such as query, key and value, share `inputs`.
+    """
+    watches = [(t.name, w) for t in targets for w in watches_of(model, t)[0]]
+    found: dict[str, Use] = {}
+    alive: list[Tensor] = []  # keeps the identity of the inputs unique during the pass
+
+    def see(index: int, value: Tensor) -> None:
+        name = watches[index][0]
+        alive.append(value)
+        key = (value.data_ptr(), value._version, *value.shape)
+        seen = found.get(name)
+        found[name] = (
+            Use(len(found), key, 1)
+            if seen is None
+            else Use(seen.order, seen.inputs, seen.calls + 1)
+        )
+
+    with _hooked([w for _, w in watches], see):
+        forward(model, batch)
+    return found
+
+
+def observe(
+    models: tuple[nn.Module, nn.Module],
+    targets: Sequence[Target],
+    batches: Sequence[Any],
+    forward: Forward = call_model,
+    limit: int = HESSIAN_LIMIT,
+) -> dict[str, Moments]:
+    """Return the moments of the inputs of some weights over all batches and all their uses.
+
+    Args:
+        models: The float network and the one quantized so far; both run each batch, in eval mode. The
+            same model twice is run once.
+        targets: The weights.
+        batches: What `forward` takes, one after the other.
+        forward: Runs a model on a batch.
+        limit: Most bytes of one weight's second moments; above, only the diagonal is kept.
+
+    Returns:
+        Name of a weight -> its moments; weights that no batch reaches are not in it.
+
+    Raises:
+        ValueError: If an input is NaN or infinite, naming layer and batch.
+    """
+    exact, rounded = models
+    sums = {t.name: _Sums(t, limit) for t in targets}
+    for number, batch in enumerate(batches):
+        floats = _inputs(exact, targets, batch, forward, number)
+        others = floats if rounded is exact else _inputs(rounded, targets, batch, forward, number)
+        for name, found in others.items():
+            pairs = zip(found, floats.get(name, ()), strict=False)
+            for (place, x), (_, f) in pairs:
+                for a, b in zip(patches(place, x), patches(place, f), strict=True):
+                    sums[name].add_(*_thinned(a, b))
+    return {name: s.result() for name, s in sums.items() if s.count}
+
+
+def _thinned(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same evenly spaced positions of both, no more than a chunk can need."""
+    most = max(_POSITIONS, 2 * x.shape[2])
+    every = max(x.shape[1] // most, 1)
+    if every % 2 == 0:
+        every += 1  # an odd stride meets every column of an even-sized image
+    return x[:, ::every], f[:, ::every]
+
+
+def _inputs(
+    model: nn.Module, targets: Sequence[Target], batch: Any, forward: Forward, number: int
+) -> dict[str, list[tuple[Target, Tensor]]]:
+    watches = [(t.name, w) for t in targets for w in watches_of(model, t)[0]]
+    found: dict[str, list[tuple[Target, Tensor]]] = {}
+
+    def see(index: int, value: Tensor) -> None:
+        name, watch = watches[index]
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"the inputs of {name} hold NaN or infinity in calibration batch {number}. "
+                "Check the batch and the weights before this layer, or exclude the layer."
+            )
+        found.setdefault(name, []).append((watch.target, value.detach().clone()))
+
+    with _hooked([w for _, w in watches], see):
+        forward(model, batch)
+    return found

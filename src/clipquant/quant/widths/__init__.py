@@ -1,0 +1,1 @@
+"""Bits of its own for each row of a weight."""

@@ -1,0 +1,252 @@
+"""Weights with bits of their own for every row: each at every width, and the allocation between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipquant.quant.codes.grid import Grid
+from clipquant.quant.codes.spec import MAX_BITS
+from clipquant.quant.codes.tensor import from_codes
+from clipquant.quant.codes.weights import QuantizedWeights, rest_of
+from clipquant.quant.network.batchnorm import followed, settled_statistics
+from clipquant.quant.network.calibration import Forward, Progress, call_model
+from clipquant.quant.network.layers import Selection, Target, bias_of, is_lookup
+from clipquant.quant.network.moments import HESSIAN_LIMIT, Moments, observe
+from clipquant.quant.network.twin import twin
+from clipquant.quant.widths.frontier import WIDTHS, Choices, Frontier, frontier
+from clipquant.quant.widths.nearest import nearest_rows
+from clipquant.quant.widths.rows import solve_rows
+from clipquant.quant.widths.table import RowTable
+
+UNSEEN = 0.1  # share of the mean that a row of a lookup counts for which no batch looks up
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """A model's weights at every width, and what each row loses at each.
+
+    Args:
+        model: The float model.
+        selection: What of it is quantized.
+        tables: Name of a weight -> its codes and grids at 0 to 8 bits.
+        biases: Name of a weight -> name of the bias that takes up its mean error.
+        frontier: The best allocations.
+        notes: Name of a weight -> what its reader should know.
+        batches: Calibration inputs.
+        forward: Runs a model on a batch.
+    """
+
+    model: nn.Module
+    selection: Selection
+    tables: Mapping[str, RowTable]
+    biases: Mapping[str, str]
+    frontier: Frontier
+    notes: Mapping[str, str]
+    batches: Sequence[Any] = ()
+    forward: Forward = call_model
+
+    def weights(self, bits: Mapping[str, Tensor]) -> QuantizedWeights:
+        """Return the weights with these widths, uint8 (rows,) a weight."""
+        tensors = {}
+        for target in self.selection.targets:
+            table, own = self.tables[target.name], bits[target.name]
+            codes, grid = table.take(own)
+            tensors[target.name] = from_codes(
+                codes, grid, own, target.layout, target.weight.dtype, table.method
+            )
+        floats = rest_of(self.model, tensors, self.selection.aliases)
+        for name, bias in self.biases.items():
+            shift = self.tables[name].shift(bits[name])
+            if shift is not None:
+                floats[bias] = (floats[bias] + shift).to(floats[bias].dtype)
+        left, aliases = self.selection.left, self.selection.aliases
+        return QuantizedWeights(tensors, floats, aliases, left, self.notes)
+
+    def settled(self, weights: QuantizedWeights) -> QuantizedWeights:
+        """Return the same weights, with BatchNorm statistics that follow them where that is better."""
+        biases = {name: weights.floats[name] for name in self.biases.values()}
+        found = settled_statistics(self.model, weights.tensors, biases, self.batches, self.forward)
+        left = tuple(followed(item) if item.name in found else item for item in weights.left)
+        return replace(weights, floats={**weights.floats, **found}, left=left)
+
+    def uniform(self, width: int) -> dict[str, Tensor]:
+        """Return one width for all rows, but for weights whose width is given."""
+        return {
+            name: torch.full(
+                (len(choice.losses),),
+                width if width in choice.widths else choice.widths[0],
+                dtype=torch.uint8,
+            )
+            for name, choice in self.frontier.choices.items()
+        }
+
+    def sensitivities(self, bits: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the expected increase of the loss by each weight's rounding."""
+        return {
+            name: float(choice.losses.gather(1, bits[name].long()[:, None]).sum())
+            for name, choice in self.frontier.choices.items()
+        }
+
+
+def allocator(
+    model: nn.Module,
+    selection: Selection,
+    fisher: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    *,
+    forward: Forward = call_model,
+    group_size: int | None = None,
+    fixed: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> Allocator:
+    """Return every weight at every width, and the frontier of their allocations.
+
+    Codes are GPTQ's on the inputs that the weights meet in the float network, so that a row's code at
+    a width depends on no other row and every allocation is at hand. A weight whose inputs are not
+    seen, or not in full, is rounded to nearest and noted; one that the loss never meets has 8 bits.
+
+    Args:
+        model: The float model; it is not touched.
+        selection: What of it is quantized.
+        fisher: Name of a weight -> E[g^2], (rows, columns).
+        batches: Calibration inputs; none: every weight is rounded to nearest.
+        forward: Runs a model on a batch.
+        group_size: Weights of a row that share a scale. None: the whole row.
+        fixed: Name of a weight -> its width, where it is given.
+        progress: Told before each weight.
+
+    Raises:
+        ValueError: If a weight's inputs are NaN or infinite.
+    """
+    tables, biases, choices, notes = {}, {}, {}, {}
+    for target, moments in _observed(model, selection.targets, batches, forward, progress):
+        name = target.name
+        matrix = target.layout.fold(target.weight.detach()).float().cpu()
+        size = min(group_size or target.layout.columns, target.layout.columns)
+        given = (fixed or {}).get(name)
+        own, bias = fisher[name], _free_bias(model, target, selection)
+        if is_lookup(model, target):
+            own = own + UNSEEN * own.mean()
+        reached = bool(own.any())
+        if given is None and not reached:
+            given = MAX_BITS
+        widths = tuple(range(WIDTHS)) if given is None else (given,)
+        if moments is None or moments.hessian.dim() == 2:
+            tables[name] = nearest_rows(matrix, own, widths, size)
+            losses = tables[name].errors / 2
+            why = (
+                "its inputs' second moments are not known in full"
+                if reached
+                else "no batch reaches it"
+            )
+            notes[name] = f"rounded to nearest: {why}"
+        else:
+            tables[name] = solve_rows(matrix, moments, widths, size, centred=bias is not None)
+            losses = tables[name].errors * (output_curvature(own, moments) / 2).unsqueeze(1)
+            if bias is not None:
+                biases[name] = bias
+        choices[name] = Choices(target.layout.columns, losses, widths)
+    if progress is not None:
+        progress(selection.targets[-1].name, len(selection.targets), len(selection.targets))
+    return Allocator(model, selection, tables, biases, frontier(choices), notes, batches, forward)
+
+
+def smallest_weights(
+    model: nn.Module,
+    selection: Selection,
+    *,
+    group_size: int | None = None,
+    fixed: Mapping[str, int] | None = None,
+) -> QuantizedWeights:
+    """Return weights that take as few bytes as any allocation can, known from the shapes alone.
+
+    Every row is a constant, zero, but for weights whose width is given.
+
+    Args:
+        model: The float model.
+        selection: What of it is quantized.
+        group_size: Weights of a row that share a scale. None: the whole row.
+        fixed: Name of a weight -> its width, where it is given.
+    """
+    tensors = {}
+    for target in selection.targets:
+        layout, width = target.layout, (fixed or {}).get(target.name, 0)
+        size = min(group_size or layout.columns, layout.columns)
+        codes = torch.zeros(layout.rows, layout.columns, dtype=torch.uint8)
+        scale = torch.zeros(layout.rows, -(-layout.columns // size), dtype=torch.float16)
+        bits = torch.full((layout.rows,), width, dtype=torch.uint8)
+        levels = (2 ** bits.long() - 1).unsqueeze(1)
+        grid = Grid(scale, torch.full_like(scale, -1.0), levels, size)
+        tensors[target.name] = from_codes(codes, grid, bits, layout, target.weight.dtype, "gptq")
+    floats = rest_of(model, tensors, selection.aliases)
+    return QuantizedWeights(tensors, floats, selection.aliases, selection.left)
+
+
+def output_curvature(fisher: Tensor, moments: Moments) -> Tensor:
+    """Return how fast the loss grows with each row's squared output error, float64 (rows,).
+
+    That is E[g_y^2] of the row's output y, times the positions of a sample: E[g^2] of a weight is
+    nearly that times E[x^2] of its input.
+
+    Args:
+        fisher: E[g^2], (rows, columns).
+        moments: Of the inputs, H in full.
+
+    Source:
+        Martens and Grosse 2015, arXiv 1503.05671 (the Kronecker factors), with a diagonal for outputs.
+    """
+    energy = moments.hessian.diagonal(dim1=1, dim2=2).sum(1).double()
+    rows = len(fisher) // len(energy)
+    energy = energy.repeat_interleave(rows)
+    return fisher.sum(1).double() / torch.where(energy > 0, energy, torch.inf)
+
+
+def _observed(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Any],
+    forward: Forward,
+    progress: Progress | None,
+) -> Iterator[tuple[Target, Moments | None]]:
+    """Yield each weight with the moments of its inputs, those of one pass held at a time."""
+    same = twin(model)
+    known = [t for t in targets if batches and not is_lookup(model, t)]
+    done = 0
+    for group in _passes(known):
+        moments = observe((same, same), group, batches, forward)
+        for target in group:
+            if progress is not None:
+                progress(target.name, done, len(targets))
+            done += 1
+            yield target, moments.pop(target.name, None)
+    for target in targets:
+        if target not in known:
+            yield target, None
+
+
+def _passes(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Yield runs of weights whose second moments take no more memory together than one may alone."""
+    group: list[Target] = []
+    held = 0
+    for target in targets:
+        size = 4 * target.layout.columns**2
+        if group and held + size > HESSIAN_LIMIT:
+            yield group
+            group, held = [], 0
+        group.append(target)
+        held += size
+    if group:
+        yield group
+
+
+def _free_bias(model: nn.Module, target: Target, selection: Selection) -> str | None:
+    """Return the state-dict key of the bias that may take up a weight's mean error; not a shared one."""
+    bias = bias_of(model, target)
+    name = target.name.removesuffix(target.attribute) + (bias or "")
+    tied = {*selection.aliases, *selection.aliases.values()}
+    return None if bias is None or name in tied else name

@@ -1,0 +1,155 @@
+"""How much the loss rises when a weight is rounded: squared gradients, one backward pass a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipquant.quant.network.layers import Target
+from clipquant.quant.widths.frontier import WIDTHS
+
+Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]  # a batch's mean loss, and its samples
+
+
+def squared_gradients(
+    model: nn.Module, targets: Sequence[Target], batches: Iterable[Any], loss: Loss
+) -> dict[str, Tensor]:
+    """Return E[g^2] of each weight, g the gradient of one sample's loss; the model is not changed.
+
+    The gradients of samples are taken as independent and of zero mean, as they are at the end of a
+    training, so that a batch of n samples with mean loss L gives n (dL/dw)^2.
+
+    Args:
+        model: In eval mode.
+        targets: Its weights.
+        batches: What `loss` takes.
+        loss: Gives the mean loss of a batch, with a graph, and the number of its samples.
+
+    Returns:
+        Name of a weight -> float32 (rows, columns), 0 where no batch reaches it.
+
+    Raises:
+        ValueError: If there is no batch, or a loss is NaN or infinite, naming the batch.
+
+    Source:
+        The diagonal of the empirical Fisher information, LeCun et al. 1990 ("Optimal Brain Damage").
+    """
+    sums = [torch.zeros(t.layout.rows, t.layout.columns) for t in targets]
+    weights = [target.weight for target in targets]
+    trained = [weight.requires_grad for weight in weights]
+    count, reached = 0, False
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for count, batch in enumerate(batches, 1):
+            with torch.enable_grad():
+                value, samples = loss(model, batch)
+                _check_loss(value, count)
+                found = torch.autograd.grad(value, weights, allow_unused=True)
+            for total, target, gradient in zip(sums, targets, found, strict=True):
+                if gradient is not None:
+                    reached = True
+                    total.add_(target.layout.fold(gradient.float()).square_().cpu(), alpha=samples)
+    finally:
+        for weight, flag in zip(weights, trained, strict=True):
+            weight.requires_grad_(flag)
+    if not count:
+        raise ValueError(
+            "bits='auto' estimates sensitivities from data, and there was no batch. "
+            "Pass data that is not empty (an iterator gives its batches only once)."
+        )
+    if not reached:
+        raise ValueError(
+            "no weight to quantize has a gradient: the loss does not depend on them. Check that the model runs "
+            "its layers on the batch and does not detach their outputs."
+        )
+    return {target.name: total / count for target, total in zip(targets, sums, strict=True)}
+
+
+def _check_loss(value: Tensor, number: int) -> None:
+    if not torch.isfinite(value):
+        raise ValueError(
+            f"the loss of calibration batch {number} is {float(value)}: sensitivities need finite "
+            "losses. Check the batch and the weights."
+        )
+
+
+def output_divergence(output: Any, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
+    """Return a loss whose squared gradients are, on average, the curvature of the output's KL.
+
+    For class scores the labels are drawn from the model's own softmax; any other output is taken as
+    the mean of a normal distribution and drawn around. No labels are needed.
+
+    Args:
+        output: A tensor, a mapping with "logits", or a tuple whose first item is a tensor. Classes
+            stand in the last dimension of two or three, in the second of more.
+        generator: Draws; None: the default one.
+
+    Returns:
+        The mean loss a sample, and the number of samples.
+
+    Raises:
+        TypeError: If there is no floating tensor in the output.
+
+    Source:
+        KL(p || p + dp) = 1/2 dw F dw up to third order, F = E[g g^T] with labels from the model
+        (Martens 2014, arXiv 1412.1193).
+    """
+    scores = first_tensor(output)
+    samples = len(scores) if scores.dim() else 1
+    axis = scores.dim() - 1 if scores.dim() <= 3 else 1
+    if scores.dim() >= 2 and scores.shape[axis] > 1:
+        logits = scores.movedim(axis, -1).reshape(-1, scores.shape[axis]).float()
+        with torch.no_grad():
+            labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+        return F.cross_entropy(logits, labels, reduction="sum") / samples, samples
+    noise = torch.randn(scores.shape, generator=generator)
+    return (scores.float() * noise.to(scores.device)).sum() / samples, samples
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the tensor that judges a model's output: itself, its logits, or its first item."""
+    value = output
+    if isinstance(value, Mapping):
+        value = value["logits"] if "logits" in value else next(iter(value.values()), None)
+    elif isinstance(value, (tuple, list)):
+        value = value[0] if value else None
+    elif hasattr(value, "logits"):
+        value = value.logits
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(
+            "sensitivities need an output with a floating tensor (itself, under 'logits', or first); "
+            f"got {type(output).__name__}. Give quantize() a model that returns one."
+        )
+    return value
+
+
+def row_losses(
+    matrix: Tensor, fisher: Tensor, rounded: Callable[[int], Tensor], widths: Iterable[int]
+) -> Tensor:
+    """Return Omega(b) = 1/2 sum E[g^2] (w - Q_b(w))^2 of every row at every width.
+
+    Args:
+        matrix: Floating (rows, columns).
+        fisher: E[g^2], of the same shape.
+        rounded: Width -> the matrix on its grid of that width.
+        widths: Those to evaluate.
+
+    Returns:
+        float64 (rows, 9); infinite at the widths left out.
+
+    Source:
+        Second-order loss of pruning, LeCun et al. 1990, for rounding errors.
+
+    >>> row_losses(torch.tensor([[0.4]]), torch.tensor([[2.0]]), lambda b: torch.zeros(1, 1), [1])[0, 1]
+    tensor(0.1600, dtype=torch.float64)
+    """
+    losses = torch.full((len(matrix), WIDTHS), torch.inf, dtype=torch.float64)
+    for width in widths:
+        error = rounded(width).float() - matrix.float()
+        losses[:, width] = error.square_().mul_(fisher).sum(1).double() / 2
+    return losses
