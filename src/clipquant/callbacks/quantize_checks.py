@@ -7,7 +7,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from clipquant.quant.recipe import CALIBRATED
+from clipquant.quant.methods import METHODS, Method
+from clipquant.quant.recipe import data_free
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -50,7 +51,7 @@ def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
         raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
 
 
-def check_calibration(calibration_batches: int, method: str) -> None:
+def check_calibration(calibration_batches: int, method: str | Method) -> None:
     """Raise unless the count is one, and not 0 where the method calibrates.
 
     >>> check_calibration(0, "gptq")
@@ -64,10 +65,11 @@ def check_calibration(calibration_batches: int, method: str) -> None:
             "calibration_batches must be a whole number, 0 or more; got "
             f"{calibration_batches!r}. 0 quantizes without data."
         )
-    if method in CALIBRATED and calibration_batches == 0:
+    solver = METHODS[method] if isinstance(method, str) else method
+    if solver.needs_data and calibration_batches == 0:
         raise ValueError(
-            f"method={method!r} calibrates on train batches; got calibration_batches=0. "
-            "Set it to 1 or more, or choose 'rtn', 'mse' or 'hqq'."
+            f"method={solver.name!r} calibrates on train batches; got calibration_batches=0. "
+            f"Set it to 1 or more, or choose {data_free()}."
         )
 
 
