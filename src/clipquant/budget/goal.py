@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from clipquant.errors import ArgumentError
+
 Metrics = Mapping[str, float]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-class BudgetError(ValueError):
+class BudgetError(ArgumentError):
     """A budget that cannot be met, or cannot be judged: says what is missing."""
 
 
