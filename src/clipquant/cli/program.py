@@ -59,6 +59,8 @@ def run_command(args: Sequence[str]) -> int:
         return 2
     try:
         return COMMANDS[parsed.command].run(parsed)
+    except ClipquantError:
+        raise
     except OSError as error:
         raise CommandError(error) from error
 

@@ -19,6 +19,7 @@ from clipquant.budget.goal import (
     size_in_bytes,
     spare_bytes,
 )
+from clipquant.errors import ArgumentError
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.quant.codes.spec import Granularity, QuantSpec
 from clipquant.quant.codes.weights import QuantizedWeights
@@ -146,7 +147,7 @@ def check_auto(
 ) -> None:
     """Raise for arguments that bits="auto" cannot obey, naming each with its remedy."""
     if max_drop is None and max_size is None:
-        raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
+        raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
     check_budget(max_drop, max_size)
     wrong = {
         "method": (method, method not in ("auto", "gptq")),
@@ -156,7 +157,7 @@ def check_auto(
     }
     for name, (value, bad) in wrong.items():
         if bad:
-            raise ValueError(
+            raise ArgumentError(
                 f"bits='auto' gives each output channel a grid of its own, affine, its codes chosen by 'gptq'; got "
                 f"{name}={value!r}. Leave {name} out, or give bits as a number."
             )
