@@ -7,7 +7,6 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from torch import nn
 
-from clipquant import quantize, to_compressed_tensors
 from clipquant.export import ExportError
 from clipquant.export.compressed_tensors import to_pack_quantized
 from clipquant.quant.codes.tensor import dequantize
@@ -66,11 +65,3 @@ def test_convolutions_and_fractional_zeros_stay_dense_and_are_named(tmp_path):
     assert state["conv.weight"].dtype == torch.float32
     with pytest.raises(ExportError, match=r"one\.weight: its zeros are fractional.*symmetric=True"):
         to_pack_quantized(quantize_weights(Mixed(), Recipe(4)), tmp_path)
-
-
-def test_from_an_artifact_what_stays_dense_is_said_aloud(tmp_path):
-    path = quantize(Mixed(), 8).save(tmp_path / "a.safetensors")
-    with pytest.warns(UserWarning, match=r"conv\.weight \(not a Linear layer's weight\)"):
-        written = to_compressed_tensors(path, tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert written.packed == ("one", "two")

@@ -179,7 +179,7 @@ def test_the_file_holds_no_paths(zoo, ids, tmp_path):
 def test_what_is_missing_is_named_with_its_extra(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "clipquant.export.onnx.find_spec",
+        "clipquant.export.parts.needs.find_spec",
         lambda name: None if name == "onnxruntime" else find(name),
     )
     layer = nn.Linear(3, 2)

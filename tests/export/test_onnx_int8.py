@@ -151,11 +151,11 @@ def test_operators_without_weights_are_left_in_float_where_all_in_int8_lose_too_
 
     calibrated = []
 
-    def counted(source, method, batches, real=onnx_int8.calibrate):
+    def counted(source, method, batches, real=onnx_int8.activation_ranges):
         calibrated.append(method)
         return real(source, method, batches)
 
-    monkeypatch.setattr(onnx_int8, "calibrate", counted)
+    monkeypatch.setattr(onnx_int8, "activation_ranges", counted)
     torch.manual_seed(0)
     model = Attention().eval()
     drops = iter([0.5, 0.4, 0.3, 0.2, 0.01])
@@ -262,7 +262,11 @@ def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):
 def test_batches_of_different_sizes_calibrate(model, tmp_path):
     short = [*batches(2), batches()[0].rows(0, 3)]
     record = export_onnx_int8(
-        model, quantize_weights(model, Recipe(8)), short[0], tmp_path / "a.onnx", calibration=short
+        model,
+        quantize_weights(model, Recipe(8)),
+        short[0],
+        tmp_path / "a.onnx",
+        calibration=short,
     )
     assert record.difference < 0.1
 
@@ -270,12 +274,12 @@ def test_batches_of_different_sizes_calibrate(model, tmp_path):
 def test_a_calibration_that_fails_is_told_and_another_taken(model, tmp_path, monkeypatch):
     from clipquant.export import onnx_int8
 
-    def fails(source, method, batches, real=onnx_int8.calibrate):
+    def fails(source, method, batches, real=onnx_int8.activation_ranges):
         if method != "Percentile":
             raise ValueError(f"too many bins for {method}")
         return real(source, method, batches)
 
-    monkeypatch.setattr(onnx_int8, "calibrate", fails)
+    monkeypatch.setattr(onnx_int8, "activation_ranges", fails)
     asked = {"calibration": batches(), "judge": enough, "max_drop": None}
     weights = quantize_weights(model, Recipe(8))
     record = export_onnx_int8(model, weights, batches()[0], tmp_path / "a.onnx", **asked)
@@ -291,7 +295,11 @@ def test_a_calibration_that_fails_is_told_and_another_taken(model, tmp_path, mon
 def test_no_calibration_data_is_refused(model, tmp_path):
     with pytest.raises(ExportError, match="needs calibration data"):
         export_onnx_int8(
-            model, quantize_weights(model, Recipe(8)), batches()[0], tmp_path / "a", calibration=[]
+            model,
+            quantize_weights(model, Recipe(8)),
+            batches()[0],
+            tmp_path / "a",
+            calibration=[],
         )
 
 

@@ -17,7 +17,6 @@ from clipquant.quant.methods.rtn import quantize_weight
 from clipquant.report.layers import (
     histogram,
     rows_by_width,
-    sqnr_db,
     sqnr_of,
     stored_bytes,
     typical_levels,
@@ -77,8 +76,15 @@ def test_histogram_of_a_constant_weight_is_one_bar() -> None:
 
 
 def test_sqnr_of_nothing_lost_and_of_nothing_there() -> None:
-    assert sqnr_db(torch.ones(3), torch.ones(3)) == math.inf
-    assert sqnr_db(torch.zeros(3), torch.ones(3)) == -math.inf
+    ones = quantize_weight(torch.ones(2, 3), QuantSpec(8))
+    assert sqnr_of(torch.ones(2, 3), ones) == math.inf
+    assert sqnr_of(torch.zeros(2, 3), ones) == -math.inf
+
+
+def sqnr_db(weight: torch.Tensor, quantized: torch.Tensor) -> float:
+    """The definition, in float64."""
+    noise = (weight.double() - quantized.double()).square().sum()
+    return float(10 * torch.log10(weight.double().square().sum() / noise))
 
 
 @given(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipquant._version import __version__
 from clipquant.artifact.envelope import (
     ArtifactError,
     read_bytes,
@@ -277,8 +278,6 @@ def _packed(name: str, about: Mapping[str, Any], stored: dict[str, Tensor]) -> P
 
 
 def _versions() -> dict[str, str]:
-    from clipquant import __version__
-
     return {"clipquant": __version__, "torch": torch.__version__}
 
 

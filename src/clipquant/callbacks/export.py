@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,54 +19,59 @@ from clipquant.callbacks.calibration import step_forward
 from clipquant.callbacks.data import train_batches
 from clipquant.callbacks.evaluate import judge
 from clipquant.callbacks.guest import copy_module
+from clipquant.errors import ArgumentError
 from clipquant.export import (
     Example,
     ExportError,
     ExportRecord,
+    Format,
     Judgement,
-    export_onnx,
-    export_onnx_int8,
-    export_pt2,
+    Subject,
     find_example,
-    require_onnx,
 )
-from clipquant.export.onnx_int8 import Forward
+from clipquant.export.formats import as_format, known_names
+from clipquant.export.parts.subject import Forward, Judge
 from clipquant.model import QuantizedModel
 from clipquant.report.record import QuantizationReport
 
-FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "onnx-int8": "model.int8.onnx"}
 
-
-def check_formats(formats: Sequence[str] | None, calibration_batches: int) -> tuple[str, ...]:
+def check_formats(
+    asked: Sequence[str | Format] | None, calibration_batches: int
+) -> tuple[Format, ...]:
     """Return the formats to export, or raise for one that cannot be.
 
     >>> check_formats(["tflite"], 16)
     Traceback (most recent call last):
     ...
-    ValueError: export must be a list of 'pt2', 'onnx', 'onnx-int8'; got ['tflite'].
+    clipquant.errors.ArgumentError: export must be a list of 'pt2', 'onnx', 'onnx-int8', 'compressed-tensors'; \
+got ['tflite'].
     """
-    if isinstance(formats, str) or not set(formats or ()) <= set(FILES):
-        known = ", ".join(map(repr, FILES))
-        raise ValueError(f"export must be a list of {known}; got {formats!r}.")
-    if "onnx-int8" in (formats or ()) and calibration_batches < 1:
-        raise ValueError(
-            "export='onnx-int8' calibrates the ranges of activations; got calibration_batches=0. "
-            "Set it to 1 or more, or export 'onnx'."
-        )
-    return tuple(dict.fromkeys(formats or ()))
+    try:
+        if isinstance(asked, str):
+            raise ArgumentError
+        formats = tuple(dict.fromkeys(as_format(given) for given in asked or ()))
+    except ArgumentError:
+        raise ArgumentError(f"export must be a list of {known_names()}; got {asked!r}.") from None
+    for chosen in formats:
+        if chosen.calibrates and calibration_batches < 1:
+            raise ArgumentError(
+                f"export={chosen.name!r} calibrates the ranges of activations; got calibration_batches=0. "
+                "Set it to 1 or more, or export 'onnx'."
+            )
+    return formats
 
 
-def check_installed(formats: Sequence[str]) -> None:
-    """Raise before any training if a library that a format takes is missing."""
-    if any(name.startswith("onnx") for name in formats):
-        require_onnx()
+def check_installed(formats: Sequence[Format]) -> None:
+    """Raise before any training if a package that a format takes is missing."""
+    for chosen in formats:
+        chosen.require()
 
 
 def export_files(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     quantized: QuantizedModel,
-    formats: Sequence[str],
+    formats: Sequence[Format],
     folder: Path,
     *,
     calibration_batches: int,
@@ -77,64 +83,64 @@ def export_files(
         trainer: The Trainer that has fitted; gives the data and the metric.
         module: Detached from it, on the CPU; not touched.
         quantized: The quantized weights and what is known of them.
-        formats: Of `FILES`.
+        formats: What to write.
         folder: Where the files go.
         calibration_batches: Train batches that calibrate the ranges of activations.
         max_drop: Most that int8 may lose of the monitored metric.
     """
-    if not formats:
-        return ()
+    source = _Source(trainer, module, quantized, calibration_batches, max_drop)
+    return tuple(_export(chosen, source, folder / chosen.file) for chosen in formats)
+
+
+def _export(chosen: Format, source: _Source, path: Path) -> ExportRecord:
+    """Return the record of one format's file; of why there is none, where there is none."""
     try:
-        module = copy_module(module).eval()
-        batch = next(train_batches(trainer), None)
-        example = find_example(module, batch, call=_seen_call(trainer, module, batch))
-    except Exception as error:
-        return tuple(ExportRecord(name, error=_why(error)) for name in formats)
-    records = []
-    for name in formats:
-        try:
-            record = _export(
-                name, trainer, module, quantized, example, folder / FILES[name],
-                calibration_batches, max_drop,
-            )  # fmt: skip
-        except Exception as error:
-            record = ExportRecord(name, error=_why(error))
-        records.append(record)
-    return tuple(records)
+        subject, unjudged = source.subject(chosen)
+        record = chosen.write(subject, path)
+    except Exception as error:  # a model, its data and an exporter may raise anything
+        said = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+        return ExportRecord(chosen.name, error=said)
+    return replace(record, notes=(*record.notes, unjudged)) if unjudged else record
 
 
-def _why(error: Exception) -> str:
-    return str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+@dataclass(frozen=True)
+class _Source:
+    """What the subjects of all exports of one fit are made from, each part once and only where it is needed."""
 
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    quantized: QuantizedModel
+    calibration_batches: int
+    max_drop: float | None
 
-def _export(
-    name: str,
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    quantized: QuantizedModel,
-    example: Example,
-    path: Path,
-    calibration_batches: int,
-    max_drop: float | None,
-) -> ExportRecord:
-    weights = quantized.weights
-    if name != "onnx-int8":
-        write = export_pt2 if name == "pt2" else export_onnx
-        return write(module, weights, example, path)
-    batches = islice(train_batches(trainer), calibration_batches)
-    calls = [
-        find_example(module, batch, own=False, call=_seen_call(trainer, module, batch))
-        for batch in batches
-    ]
-    judge_forward = _judge(trainer, module, quantized.report)
-    why = judge_forward if isinstance(judge_forward, str) else None
-    record = export_onnx_int8(
-        module, weights, example, path,
-        calibration=calls,
-        judge=None if isinstance(judge_forward, str) else judge_forward,
-        max_drop=max_drop,
-    )  # fmt: skip
-    return record if why is None else replace(record, notes=(*record.notes, why))
+    def subject(self, chosen: Format) -> tuple[Subject, str]:
+        """Return what a format is given, and why it has no judge where it could use one."""
+        weights = self.quantized.weights
+        if not chosen.traces:
+            return Subject(weights), ""
+        traced = Subject(weights, self.copy, self.example)
+        if not chosen.calibrates:
+            return traced, ""
+        calls = [
+            find_example(
+                self.copy, batch, own=False, call=_seen_call(self.trainer, self.copy, batch)
+            )
+            for batch in islice(train_batches(self.trainer), self.calibration_batches)
+        ]
+        judge_forward, unjudged = _judge(self.trainer, self.copy, self.quantized.report)
+        return (
+            replace(traced, calibration=calls, judge=judge_forward, max_drop=self.max_drop),
+            unjudged,
+        )
+
+    @cached_property
+    def copy(self) -> pl.LightningModule:
+        return copy_module(self.module).eval()
+
+    @cached_property
+    def example(self) -> Example:
+        batch = next(train_batches(self.trainer), None)
+        return find_example(self.copy, batch, call=_seen_call(self.trainer, self.copy, batch))
 
 
 def _seen_call(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Example | None:
@@ -161,27 +167,27 @@ def _seen_call(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> E
 
 def _judge(
     trainer: pl.Trainer, module: pl.LightningModule, report: QuantizationReport
-) -> Callable[[Forward], Judgement] | str:
-    """Return a judge by the monitored metric, or why there is none that forward decides."""
+) -> tuple[Judge | None, str]:
+    """Return a judge by the monitored metric; without one, why there is none that forward decides."""
     monitor = report.monitor
     if monitor is None or monitor not in report.float_metrics:
-        return "no validation metric is monitored"
-    called = _measure(trainer, module, module.forward)[1]
+        return None, "no validation metric is monitored"
+    called = _metrics_with(trainer, module, module.forward)[1]
     if not called:
-        return (
+        return None, (
             "validation_step does not call self(...) or self.forward(...), in whose place the exported "
             "file would run"
         )
 
     def judge_forward(forward: Forward) -> Judgement:
-        metrics, _ = _measure(trainer, module, forward)
+        metrics, _ = _metrics_with(trainer, module, forward)
         worse = metrics[monitor] - report.float_metrics[monitor]
         return Judgement(-worse if report.mode == "max" else worse, metrics)
 
-    return judge_forward
+    return judge_forward, ""
 
 
-def _measure(
+def _metrics_with(
     trainer: pl.Trainer, module: pl.LightningModule, forward: Forward
 ) -> tuple[dict[str, float], bool]:
     """Return the validation metrics with `forward` in the place of the module's, and if it was used."""

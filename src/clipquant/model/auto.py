@@ -17,6 +17,7 @@ from clipquant.budget.goal import (
     size_in_bytes,
     spare_bytes,
 )
+from clipquant.errors import ArgumentError
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.network.calibration import Calibration
@@ -141,7 +142,7 @@ def _group_size(goal: AutoBits) -> int | None:
 def check_auto(max_drop: object, max_size: object, recipe: Recipe) -> None:
     """Raise for settings that bits="auto" cannot obey, naming each with its remedy."""
     if max_drop is None and max_size is None:
-        raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
+        raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
     check_budget(max_drop, max_size)
     wrong = {
         "method": recipe.method not in ("auto", "gptq"),
@@ -151,7 +152,7 @@ def check_auto(max_drop: object, max_size: object, recipe: Recipe) -> None:
     }
     for name, bad in wrong.items():
         if bad:
-            raise ValueError(
+            raise ArgumentError(
                 f"bits='auto' gives each output channel a grid of its own, affine, its codes chosen by 'gptq'; got "
                 f"{name}={getattr(recipe, name)!r}. Leave {name} out, or give bits as a number."
             )

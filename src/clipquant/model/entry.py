@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.artifact import load_state
+from clipquant.errors import ArgumentError
 from clipquant.model.auto import AutoBits, Seen, check_auto, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.quant.codes.spec import MAX_BITS, Granularity
@@ -100,7 +101,7 @@ def quantize(
             )
         return made.reported(calibration=f"{len(batches)} batches of the data given")
     if max_drop is not None or max_size is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"max_drop and max_size need bits='auto', which chooses the bits by them; got bits={bits!r}."
         )
     batches = [] if data is None else calibration_data(data, calibration_batches)
@@ -131,7 +132,7 @@ def quantize_by(
 
 def _auto_data(data: Iterable[Any] | None, count: int) -> list[Any]:
     if data is None or count == 0:
-        raise ValueError(
+        raise ArgumentError(
             "bits='auto' estimates from data how much each row matters; got "
             f"data={'None' if data is None else '...'}, calibration_batches={count}. Pass an iterable of inputs, and "
             "1 or more."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from clipquant.errors import ArgumentError, ArgumentTypeError
 from clipquant.quant.codes.grid import Coded
 from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights, rest_of
@@ -39,7 +40,7 @@ def quantize_weights(
     recipe = recipe or Recipe()
     calibration = calibration or None
     if recipe.needs_data and calibration is None:
-        raise ValueError(
+        raise ArgumentError(
             f"method={recipe.solver.name!r} calibrates on data; got none. Pass data (or "
             f"calibration_batches above 0), or choose {data_free()}."
         )
@@ -76,7 +77,7 @@ def _check(found: Found, problem: Problem, method: str) -> None:
         name, layout = target.name, target.layout
         coded = found.codes.get(name)
         if not isinstance(coded, Coded):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"method {method!r} must give codes (Coded) for every weight; got "
                 f"{type(coded).__name__} for {name}. Return them in Found.codes."
             )
@@ -84,17 +85,17 @@ def _check(found: Found, problem: Problem, method: str) -> None:
         shape, steps = (layout.rows, layout.columns), problem.specs[name].steps
         groups = -(-layout.columns // max(coded.grid.group_size, 1))
         if codes.dtype != torch.uint8 or tuple(codes.shape) != shape:
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"method {method!r} must give uint8 codes of shape {shape} for {name}; got "
                 f"{codes.dtype} of {tuple(codes.shape)}."
             )
         if scale.shape[0] not in (1, shape[0]) or scale.shape[1] != groups:
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"method {method!r} must give {name} a scale of shape ({shape[0]} or 1, {groups}) for its "
                 f"group size of {coded.grid.group_size}; got {tuple(scale.shape)}."
             )
         if coded.grid.levels != steps:
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"method {method!r} must keep the grid asked for, {steps} steps for {name}; got "
                 f"{coded.grid.levels}."
             )

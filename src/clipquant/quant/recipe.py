@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from clipquant.errors import ArgumentError
 from clipquant.quant.codes.spec import Granularity, QuantSpec, check_bits
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.methods.base import reads_data
@@ -102,12 +103,13 @@ def check_method(method: Any) -> None:
     >>> check_method("awq")
     Traceback (most recent call last):
     ...
-    ValueError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq', 'adaround', or an object with name, \
+    clipquant.errors.ArgumentError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq', 'adaround', or an \
+object with name, \
 needs_data and solve(problem); got 'awq'.
     """
     known = method in METHODS if isinstance(method, str) else isinstance(method, Method)
     if not known or isinstance(method, type):
-        raise ValueError(
+        raise ArgumentError(
             f"method must be one of {', '.join(map(repr, METHODS))}, or an object with name, needs_data "
             f"and solve(problem); got {method!r}."
         )

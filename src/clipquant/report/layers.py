@@ -90,22 +90,20 @@ def bits_per_weight(tensors: Iterable[QuantizedTensor]) -> float:
     return 8 * sum(map(stored_bytes, tensors)) / max(sum(t.numel for t in tensors), 1)
 
 
-def sqnr_db(weight: Tensor, quantized: Tensor) -> float:
-    """Return 10 log10(sum w^2 / sum (w - w_q)^2) in dB.
-
-    >>> import torch
-    >>> round(sqnr_db(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.8])), 2)
-    20.0
-    """
-    return _decibels(_energy(weight), _energy(weight.double() - quantized.double()))
-
-
 def sqnr_of(weight: Tensor, tensor: QuantizedTensor) -> float:
-    """Return `sqnr_db` of a weight and what it was quantized to, a few rows in memory at a time.
+    """Return 10 log10(sum w^2 / sum (w - w_q)^2) in dB, a few rows in memory at a time.
 
     Args:
         weight: The float weight.
         tensor: What it was quantized to.
+
+    Returns:
+        Infinity where nothing was lost; minus infinity where an empty signal was.
+
+    >>> from clipquant.quant.codes.ranges import quantize_weight
+    >>> from clipquant.quant.codes.spec import QuantSpec
+    >>> sqnr_of(torch.ones(2, 3), quantize_weight(torch.ones(2, 3), QuantSpec(8)))
+    inf
     """
     matrix, grid = tensor.layout.fold(weight.detach()), tensor.grid
     signal = noise = 0.0

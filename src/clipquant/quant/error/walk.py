@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clipquant.errors import ArgumentError
 from clipquant.quant.codes.grid import Coded, Grid, wide_grid
 from clipquant.quant.error.output_error import BLOCK, OutputError
 
@@ -43,7 +44,7 @@ def plan_walk(error: OutputError) -> Walk:
             break
         damping = max(10 * damping, 1e-4)
         if not damping < 1e4:
-            raise ValueError(
+            raise ArgumentError(
                 "the inputs' second moments cannot be factored: they hold NaN or infinity."
             )
         hessian.diagonal().add_(damping * error.hessian.diagonal().mean())

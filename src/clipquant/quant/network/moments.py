@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipquant.errors import ArgumentError, RunError
 from clipquant.quant.network.calibration import Calibration, EndLoop, Forward
 from clipquant.quant.network.layers import Target, weights_of
 from clipquant.quant.network.patches import Reader, heads_output, patches, reader_of
@@ -183,7 +184,7 @@ def uses(targets: Sequence[Target], model: nn.Module, calibration: Calibration) 
         try:
             met = _uses(model, missing, batch, calibration.forward)
         except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
-            raise RuntimeError(
+            raise RunError(
                 f"the model could not run on calibration batch {number} "
                 f"({type(batch).__name__}): {type(error).__name__}: {error}. A dict is passed as keywords, "
                 "a tuple as positional arguments, anything else as the one input."
@@ -276,7 +277,7 @@ def _inputs(
     def see(index: int, value: Tensor) -> None:
         name, watch = watches[index]
         if not torch.isfinite(value).all():
-            raise ValueError(
+            raise ArgumentError(
                 f"the inputs of {name} hold NaN or infinity in calibration batch {number}. "
                 "Check the batch and the weights before this layer, or exclude the layer."
             )

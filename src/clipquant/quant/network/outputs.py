@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipquant.errors import ArgumentTypeError
 from clipquant.quant.network.calibration import Calibration, Forward
 from clipquant.quant.network.twin import Twin
 
@@ -50,7 +51,7 @@ def outputs_of(twin: Twin, batch: Any, forward: Forward, last: str) -> list[Tens
         for handle in handles:
             handle.remove()
     if not whole and not ends:
-        raise TypeError(
+        raise ArgumentTypeError(
             "learned rounding compares outputs, and the model returned no floating tensor for a batch "
             f"({type(batch).__name__}). Let forward() return one, or choose method='gptq'."
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipquant.errors import ArgumentError, ArgumentTypeError
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Target
 from clipquant.quant.widths.frontier import WIDTHS
@@ -64,12 +65,12 @@ def squared_gradients(
         for weight, flag in zip(weights, trained, strict=True):
             weight.requires_grad_(flag)
     if not count:
-        raise ValueError(
+        raise ArgumentError(
             "bits='auto' estimates sensitivities from data, and there was no batch. "
             "Pass data that is not empty (an iterator gives its batches only once)."
         )
     if not reached:
-        raise ValueError(
+        raise ArgumentError(
             "no weight to quantize has a gradient: the loss does not depend on them. Check that the model runs "
             "its layers on the batch and does not detach their outputs."
         )
@@ -78,7 +79,7 @@ def squared_gradients(
 
 def _check_loss(value: Tensor, number: int) -> None:
     if not torch.isfinite(value):
-        raise ValueError(
+        raise ArgumentError(
             f"the loss of calibration batch {number} is {float(value)}: sensitivities need finite "
             "losses. Check the batch and the weights."
         )
@@ -127,7 +128,7 @@ def first_tensor(output: Any) -> Tensor:
     elif hasattr(value, "logits"):
         value = value.logits
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(
+        raise ArgumentTypeError(
             "sensitivities need an output with a floating tensor (itself, under 'logits', or first); "
             f"got {type(output).__name__}. Give quantize() a model that returns one."
         )

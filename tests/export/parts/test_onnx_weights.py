@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from clipquant.export.onnx_weights import emit_weight, stored_weight, stored_width
+from clipquant.export.parts.onnx_weights import emit_weight, stored_weight, stored_width
 from clipquant.quant.codes.grid import Coded, Grid
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.spec import QuantSpec
