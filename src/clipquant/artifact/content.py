@@ -91,7 +91,8 @@ def serialized_size(weights: QuantizedWeights, extra: Mapping[str, Any] | None =
         extra: JSON-able entries for the metadata.
 
     >>> from clipquant.quant.quantize import quantize_weights
-    >>> weights = quantize_weights(nn.Linear(8, 4), bits=3)
+    >>> from clipquant.quant.recipe import Recipe
+    >>> weights = quantize_weights(nn.Linear(8, 4), Recipe(bits=3))
     >>> serialized_size(weights) == len(serialize(weights))
     True
     """

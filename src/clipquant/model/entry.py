@@ -31,6 +31,7 @@ from clipquant.quant.widths.sensitivity import output_divergence, squared_gradie
 from clipquant.report.progress import progress_bar
 
 
+@torch.inference_mode(False)
 def quantize(
     model: nn.Module,
     bits: int | Literal["auto"] = 8,

@@ -100,7 +100,7 @@ def sqnr_of(weight: Tensor, tensor: QuantizedTensor) -> float:
     Returns:
         Infinity where nothing was lost; minus infinity where an empty signal was.
 
-    >>> from clipquant.quant.codes.ranges import quantize_weight
+    >>> from clipquant.quant.methods.rtn import quantize_weight
     >>> from clipquant.quant.codes.spec import QuantSpec
     >>> sqnr_of(torch.ones(2, 3), quantize_weight(torch.ones(2, 3), QuantSpec(8)))
     inf
