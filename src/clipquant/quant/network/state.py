@@ -5,32 +5,38 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_LONG = 10_000  # items of a container above which only the container itself is copied, not what it holds
-_FOREIGN = ("torch", "lightning", "pytorch_lightning", "numpy", "threading", "logging", "_thread", "_io")
+_LONG = 10_000  # items of a container above which it is copied, but not what it holds
+_DICTS = (dict, OrderedDict)
+_CONTAINERS = (list, dict, set, deque, tuple, frozenset)
+_FOREIGN = frozenset(  # packages whose objects are left alone: a Trainer, a logger, a lock, a file
+    ("torch", "lightning", "pytorch_lightning", "numpy", "threading", "logging", "_thread", "_io")
+)
 _PLAIN = frozenset(
     (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
     + (FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 )
 
+Undo = Callable[[], object]
+
 
 @contextmanager
 def kept(model: nn.Module, parameters: bool = False) -> Iterator[None]:
-    """Put back at the end whatever was written to a model: nothing that was run on it leaves a trace.
+    """Put back at the end whatever was written to a model: what was run on it leaves no trace.
 
     Put back are buffers, which tensor each parameter is, train and eval modes, hooks and every Python
     attribute of every submodule: tensors by value and in place, lists, dicts and sets by what they hold,
     the attributes of plain objects, random generators by their state.
 
     Args:
-        model: Any module; its submodules are those at the beginning.
+        model: Any module.
         parameters: Whether the values of the parameters are put back too, at the price of a copy of them.
 
     >>> model = nn.BatchNorm1d(2)
@@ -39,17 +45,22 @@ def kept(model: nn.Module, parameters: bool = False) -> Iterator[None]:
     >>> model.running_var, hasattr(model, "seen")
     (tensor([1., 1.]), False)
     """
-    memo = _Memo()
-    for module in model.modules():
-        memo.object_(module)
+    things = things_of(model)
+    empty = [thing for thing in things if type(thing) in _DICTS and not thing]
+    undo = [step for thing in things if type(thing) not in _DICTS or thing for step in _undo(thing)]
     values = [(p, p.data, p.data.clone()) for p in model.parameters()] if parameters else []
     try:
         yield
     finally:
-        memo.put_back()
-        for parameter, tensor, value in values:
-            tensor.copy_(value)
-            parameter.data = tensor
+        for held in empty:  # most of a module's own: hooks that nobody has registered
+            if held:
+                held.clear()
+        with torch.no_grad():
+            for step in reversed(undo):
+                step()
+            for parameter, tensor, value in values:
+                tensor.copy_(value)
+                parameter.data = tensor
 
 
 @contextmanager
@@ -79,127 +90,164 @@ def seeded(number: int) -> Iterator[None]:
         random.setstate(states[1])
         if numpy:
             numpy.random.set_state(states[2])
-        for module, index, state in devices:
-            module.set_rng_state(*((state,) if index is None else (state, index)))
+        for put_back in devices:
+            put_back()
 
 
-def _device_states() -> list[tuple[Any, int | None, Tensor]]:
-    """Return the random state of each device in use."""
-    found: list[tuple[Any, int | None, Tensor]] = []
+def _device_states() -> list[Undo]:
+    """Return what puts back the random state of each device in use."""
+    found: list[Undo] = []
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found += [(torch.cuda, i, torch.cuda.get_rng_state(i)) for i in range(torch.cuda.device_count())]
+        for index in range(torch.cuda.device_count()):
+            state = torch.cuda.get_rng_state(index)
+            found.append(lambda state=state, index=index: torch.cuda.set_rng_state(state, index))
     if torch.backends.mps.is_available():
-        found.append((torch.mps, None, torch.mps.get_rng_state()))
+        own = torch.mps.get_rng_state()
+        found.append(lambda: torch.mps.set_rng_state(own))
     return found
 
 
-class _Memo:
-    """What things were like: each thing once, however often it is held."""
+class Trace:
+    """What a model is like at one moment, to see later whether anything was written to it.
 
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
-        self.alive: list[Any] = []  # keeps what was seen alive, so that no id() is given twice
-        self.undo: list[Any] = []
-        self.empty: list[Any] = []  # dicts that hold nothing: most of a module's own
+    >>> model = nn.Dropout()
+    >>> trace = Trace(model)
+    >>> model.calls = 1
+    >>> trace.changed()
+    True
+    """
 
-    def put_back(self) -> None:
-        """Undo every change, the outermost things last."""
-        for held in self.empty:
-            if held:
-                held.clear()
-        with torch.no_grad():
-            for step in reversed(self.undo):
-                step()
+    def __init__(self, model: nn.Module) -> None:
+        self.marks = [(thing, _mark(thing)) for thing in things_of(model)]
 
-    def keep_(self, value: Any) -> None:
-        """Remember what a value is like now, and what it holds."""
-        kind = type(value)
-        if kind in _PLAIN or id(value) in self.seen or issubclass(kind, (nn.Module, type)):
-            return
-        self.seen.add(id(value))
-        self.alive.append(value)
-        if isinstance(value, Tensor):
-            self._tensor_(value)
-        elif isinstance(value, (list, dict, set, deque, tuple, frozenset)):
-            self._container_(value)
-        elif not self._generator_(value):
-            self._other_(value)
+    def changed(self) -> bool:
+        """Return whether any attribute, container or tensor was written."""
+        return any(_differ(mark, _mark(thing)) for thing, mark in self.marks)
 
-    def object_(self, value: Any) -> None:
-        """Remember the attributes of an object, and what they are like."""
-        own, held = vars(value), dict(vars(value))
 
-        def undo() -> None:
-            own.clear()
-            own.update(held)
+def things_of(model: nn.Module) -> list[Any]:
+    """Return whatever a step may write to: modules, and what their attributes hold, each once, outermost first.
 
-        self.undo.append(undo)
-        for item in held.values():
-            kind = type(item)
-            if kind in (dict, OrderedDict) and not item:
-                self.empty.append(item)
-            elif kind not in _PLAIN:
-                self.keep_(item)
+    Parameters are left out, and so are tensors that are part of a graph.
+    """
+    found: list[Any] = list(model.modules())
+    seen = set(map(id, found))
+    for thing in found:  # grows meanwhile
+        if type(thing) in _DICTS and not thing:
+            continue
+        for item in _held(thing):
+            if type(item) in _PLAIN or id(item) in seen or isinstance(item, (nn.Module, type)):
+                continue
+            seen.add(id(item))
+            if _is_state(item):
+                found.append(item)
+    return found
 
-    def _tensor_(self, tensor: Tensor) -> None:
-        if isinstance(tensor, nn.Parameter) or tensor.requires_grad or tensor.layout != torch.strided:
-            return
-        data, value = tensor.detach(), tensor.detach().clone()
 
-        def undo() -> None:
-            if tensor.is_inference() and not torch.is_inference_mode_enabled():
-                with torch.inference_mode():
-                    data.copy_(value)
-            elif tensor.shape == value.shape and tensor.device == value.device:
-                tensor.data.copy_(value)
-            else:
-                tensor.data = value
+def _held(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, dict):
+        return list(thing.values()) if len(thing) <= _LONG else ()
+    if isinstance(thing, _CONTAINERS):
+        return thing if len(thing) <= _LONG else ()
+    if _is_leaf(thing):
+        return ()
+    return list(vars(thing).values())
 
-        self.undo.append(undo)
 
-    def _container_(self, value: Any) -> None:
-        items = list(value.items()) if isinstance(value, dict) else list(value)
-        if isinstance(value, dict):
-            self.undo.append(lambda: (value.clear(), value.update(items)))
-        elif isinstance(value, list):
-            self.undo.append(lambda: value.__setitem__(slice(None), items))
-        elif isinstance(value, set):
-            self.undo.append(lambda: (value.clear(), value.update(items)))
-        elif isinstance(value, deque):
-            self.undo.append(lambda: (value.clear(), value.extend(items)))
-        if len(items) <= _LONG:
-            for item in items:
-                self.keep_(item[1] if isinstance(value, dict) else item)
+def _is_leaf(thing: Any) -> bool:
+    return isinstance(thing, (Tensor, torch.Generator, random.Random)) or _is_numpy(thing)
 
-    def _generator_(self, value: Any) -> bool:
-        """Remember the state of a generator of random numbers; return whether it is one."""
-        numpy = sys.modules.get("numpy")
-        if isinstance(value, torch.Generator):
-            state = value.get_state()
-            self.undo.append(lambda: value.set_state(state))
-        elif isinstance(value, random.Random):
-            drawn = value.getstate()
-            self.undo.append(lambda: value.setstate(drawn))
-        elif numpy and isinstance(value, numpy.random.Generator):
-            bits, numbers = value.bit_generator, value.bit_generator.state
-            self.undo.append(lambda: setattr(bits, "state", numbers))
-        elif numpy and isinstance(value, numpy.random.RandomState):
-            old = value.get_state()
-            self.undo.append(lambda: value.set_state(old))
-        else:
-            return False
+
+def _is_numpy(thing: Any, *names: str) -> bool:
+    """Return whether a thing is one of numpy's classes that hold state."""
+    kind = type(thing)
+    return kind.__module__.startswith("numpy") and kind.__name__ in (
+        names or ("ndarray", "Generator", "RandomState")
+    )
+
+
+def _is_state(item: Any) -> bool:
+    if isinstance(item, Tensor):
+        return not (isinstance(item, nn.Parameter) or item.requires_grad) and item.layout == torch.strided
+    if isinstance(item, _CONTAINERS) or _is_leaf(item):
         return True
+    return hasattr(item, "__dict__") and type(item).__module__.partition(".")[0] not in _FOREIGN
 
-    def _other_(self, value: Any) -> None:
-        numpy = sys.modules.get("numpy")
-        if numpy and isinstance(value, numpy.ndarray):
-            numbers = value.copy()
 
-            def undo() -> None:
-                if value.flags.writeable and value.shape == numbers.shape:
-                    value[...] = numbers
+def _undo(thing: Any) -> Iterator[Undo]:
+    """Yield what puts a thing back to what it is now."""
+    if isinstance(thing, Tensor):
+        yield _undo_tensor(thing)
+    elif isinstance(thing, dict):
+        held = dict(thing)
+        yield lambda: (thing.clear(), thing.update(held))
+    elif isinstance(thing, list):
+        items = list(thing)
+        yield lambda: thing.__setitem__(slice(None), items)
+    elif isinstance(thing, set):
+        members = set(thing)
+        yield lambda: (thing.clear(), thing.update(members))
+    elif isinstance(thing, deque):
+        queue = list(thing)
+        yield lambda: (thing.clear(), thing.extend(queue))
+    elif _is_leaf(thing):
+        yield _undo_numbers(thing)
+    elif not isinstance(thing, (tuple, frozenset)):
+        own, attributes = vars(thing), dict(vars(thing))
+        yield lambda: (own.clear(), own.update(attributes))
 
-            self.undo.append(undo)
-        elif type(value).__module__.partition(".")[0] not in _FOREIGN:
-            with suppress(TypeError):  # an object without attributes of its own
-                self.object_(value)
+
+def _undo_tensor(tensor: Tensor) -> Undo:
+    data, value = tensor.detach(), tensor.detach().clone()
+
+    def undo() -> None:
+        if tensor.is_inference():
+            with torch.inference_mode():
+                data.copy_(value)
+        elif tensor.shape == value.shape and tensor.device == value.device:
+            tensor.data.copy_(value)
+        else:
+            tensor.data = value
+
+    return undo
+
+
+def _undo_numbers(thing: Any) -> Undo:
+    """Return what puts back an array, or a generator of random numbers."""
+    if isinstance(thing, torch.Generator):
+        state = thing.get_state()
+        return lambda: thing.set_state(state)
+    if isinstance(thing, random.Random):
+        drawn = thing.getstate()
+        return lambda: thing.setstate(drawn)
+    if _is_numpy(thing, "Generator"):
+        bits, numbers = thing.bit_generator, thing.bit_generator.state
+        return lambda: setattr(bits, "state", numbers)
+    if _is_numpy(thing, "RandomState"):
+        old = thing.get_state()
+        return lambda: thing.set_state(old)
+    values = thing.copy()
+
+    def undo() -> None:
+        if thing.flags.writeable and thing.shape == values.shape:
+            thing[...] = values
+
+    return undo
+
+
+def _mark(thing: Any) -> tuple[Any, ...]:
+    """Return what changes when a thing is written to: what it holds, or a count of writes."""
+    if isinstance(thing, Tensor):
+        return (0 if thing.is_inference() else thing._version, thing.data_ptr())
+    if isinstance(thing, dict):
+        return (*thing.keys(), *thing.values())
+    if isinstance(thing, _CONTAINERS):
+        return tuple(thing)
+    return () if _is_leaf(thing) else (*vars(thing).keys(), *vars(thing).values())
+
+
+def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    return len(before) != len(after) or any(
+        a is not b and not (type(a) in (int, str, bool, float) and a == b)
+        for a, b in zip(before, after, strict=True)
+    )
