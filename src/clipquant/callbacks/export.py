@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 
-from clipquant.callbacks.calibration import step_forward
-from clipquant.callbacks.data import train_batches
-from clipquant.callbacks.evaluate import judge
-from clipquant.callbacks.guest import copy_module
+from clipquant.callbacks.road.calibration import Found, Prepared, loop_on, run_prepared
+from clipquant.callbacks.road.judge import judge, replaced
+from clipquant.callbacks.road.road import Road
 from clipquant.export import (
     Example,
     ExportError,
@@ -62,45 +57,54 @@ def check_installed(formats: Sequence[str]) -> None:
 
 
 def export_files(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
+    road: Road,
+    found: Found | None,
     quantized: QuantizedModel,
     formats: Sequence[str],
     folder: Path,
     *,
-    calibration_batches: int,
     max_drop: float | None,
 ) -> tuple[ExportRecord, ...]:
     """Write the exports; one that fails is a record that says why, never an error at fit end.
 
     Args:
-        trainer: The Trainer that has fitted; gives the data and the metric.
-        module: Detached from it, on the CPU; not touched.
+        road: The road; its guest ends as it was.
+        found: Batches that give the example and calibrate the ranges of activations.
         quantized: The quantized weights and what is known of them.
         formats: Of `FILES`.
         folder: Where the files go.
-        calibration_batches: Train batches that calibrate the ranges of activations.
         max_drop: Most that int8 may lose of the monitored metric.
     """
     if not formats:
         return ()
+    batches = [] if found is None else list(found.batches)
     try:
-        module = copy_module(module).eval()
-        batch = next(train_batches(trainer), None)
-        example = find_example(module, batch, call=_seen_call(trainer, module, batch))
+        example = find_call(road, found)
     except Exception as error:
         return tuple(ExportRecord(name, error=_why(error)) for name in formats)
     records = []
     for name in formats:
         try:
             record = _export(
-                name, trainer, module, quantized, example, folder / FILES[name],
-                calibration_batches, max_drop,
-            )  # fmt: skip
+                name, road, quantized, example, folder / FILES[name], batches, max_drop
+            )
         except Exception as error:
             record = ExportRecord(name, error=_why(error))
         records.append(record)
     return tuple(records)
+
+
+def find_call(road: Road, found: Found | None) -> Example:
+    """Return a call that the guest's `forward` accepts.
+
+    Raises:
+        ExportError: If none can be found.
+    """
+    batches = [] if found is None else list(found.batches[:1])
+    calls = _seen_calls(road, batches)
+    road.guest._trainer = None
+    road.guest.eval()
+    return find_example(road.guest, batches[0] if batches else None, call=calls[0])
 
 
 def _why(error: Exception) -> str:
@@ -109,24 +113,22 @@ def _why(error: Exception) -> str:
 
 def _export(
     name: str,
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
+    road: Road,
     quantized: QuantizedModel,
     example: Example,
     path: Path,
-    calibration_batches: int,
+    batches: Sequence[Any],
     max_drop: float | None,
 ) -> ExportRecord:
-    weights = quantized.weights
+    module, weights = road.guest, quantized.weights
     if name != "onnx-int8":
         write = export_pt2 if name == "pt2" else export_onnx
         return write(module, weights, example, path)
-    batches = islice(train_batches(trainer), calibration_batches)
     calls = [
-        find_example(module, batch, own=False, call=_seen_call(trainer, module, batch))
-        for batch in batches
+        find_example(module, batch, own=False, call=call)
+        for batch, call in zip(batches, _seen_calls(road, batches), strict=True)
     ]
-    judge_forward = _judge(trainer, module, quantized.report)
+    judge_forward = _judge(road, quantized.report)
     why = judge_forward if isinstance(judge_forward, str) else None
     record = export_onnx_int8(
         module, weights, example, path,
@@ -137,36 +139,44 @@ def _export(
     return record if why is None else replace(record, notes=(*record.notes, why))
 
 
-def _seen_call(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Example | None:
-    """Return what `validation_step` first calls forward with for a batch; None where it does not.
+def _seen_calls(road: Road, batches: Sequence[Any]) -> list[Example | None]:
+    """Return what `validation_step` first calls forward with for each batch; None where it does not.
 
     What a step passes to forward is known for certain only by running it: a batch of two tensors may
     be inputs and targets, two inputs, or one input that is a pair.
     """
-    if batch is None or not is_overridden("validation_step", module, pl.LightningModule):
-        return None
-    calls: list[Example] = []
+    found: list[Example | None] = [None] * max(len(batches), 1)
+    if not batches or not road.has_step:
+        return found
+    own = road.guest.forward
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        calls.append(Example(args, kwargs))
-        return module.forward(*args, **kwargs)
+    def visit(number: int, prepared: Prepared) -> None:
+        calls: list[Example] = []
 
-    guest = copy_module(module)
-    guest.forward = recorded  # type: ignore[method-assign]
-    # A step that fails here ran in the fit, so it needs more than this; forward may be reached even so.
-    with isolate_rng(), torch.no_grad(), suppress(Exception):
-        step_forward(trainer, guest)(guest, batch)
-    return calls[0] if calls else None
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            calls.append(Example(args, kwargs))
+            return own(*args, **kwargs)
+
+        with replaced(road.guest, recorded), torch.no_grad(), suppress(Exception):
+            run_prepared(road.guest, prepared)
+        found[number] = calls[0].map(_to_cpu) if calls else None
+
+    loop_on(road)(batches, range(len(batches)), visit)
+    return found
+
+
+def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu()
 
 
 def _judge(
-    trainer: pl.Trainer, module: pl.LightningModule, report: QuantizationReport
+    road: Road, report: QuantizationReport
 ) -> Callable[[Forward], Judgement] | str:
     """Return a judge by the monitored metric, or why there is none that forward decides."""
     monitor = report.monitor
     if monitor is None or monitor not in report.float_metrics:
         return "no validation metric is monitored"
-    called = _measure(trainer, module, module.forward)[1]
+    called = _measure(road, road.guest.forward)[1]
     if not called:
         return (
             "validation_step does not call self(...) or self.forward(...), in whose place the exported "
@@ -174,16 +184,14 @@ def _judge(
         )
 
     def judge_forward(forward: Forward) -> Judgement:
-        metrics, _ = _measure(trainer, module, forward)
+        metrics, _ = _measure(road, forward)
         worse = metrics[monitor] - report.float_metrics[monitor]
         return Judgement(-worse if report.mode == "max" else worse, metrics)
 
     return judge_forward
 
 
-def _measure(
-    trainer: pl.Trainer, module: pl.LightningModule, forward: Forward
-) -> tuple[dict[str, float], bool]:
+def _measure(road: Road, forward: Forward) -> tuple[dict[str, float], bool]:
     """Return the validation metrics with `forward` in the place of the module's, and if it was used."""
     calls = []
 
@@ -191,6 +199,4 @@ def _measure(
         calls.append(1)
         return forward(*args, **kwargs)
 
-    guest = copy_module(module)
-    guest.forward = counted  # type: ignore[method-assign]
-    return judge(trainer, guest), bool(calls)
+    return judge(road, forward=counted), bool(calls)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from clipquant.quant.recipe import CALIBRATED
+from clipquant.callbacks.lightning import package_of
+from clipquant.quant.methods import METHODS, Method
+from clipquant.quant.recipe import data_free
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -50,7 +52,7 @@ def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
         raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
 
 
-def check_calibration(calibration_batches: int, method: str) -> None:
+def check_calibration(calibration_batches: int, method: str | Method) -> None:
     """Raise unless the count is one, and not 0 where the method calibrates.
 
     >>> check_calibration(0, "gptq")
@@ -64,18 +66,42 @@ def check_calibration(calibration_batches: int, method: str) -> None:
             "calibration_batches must be a whole number, 0 or more; got "
             f"{calibration_batches!r}. 0 quantizes without data."
         )
-    if method in CALIBRATED and calibration_batches == 0:
+    solver = METHODS[method] if isinstance(method, str) else method
+    if solver.needs_data and calibration_batches == 0:
         raise ValueError(
-            f"method={method!r} calibrates on train batches; got calibration_batches=0. "
-            "Set it to 1 or more, or choose 'rtn', 'mse' or 'hqq'."
+            f"method={solver.name!r} calibrates on train batches; got calibration_batches=0. "
+            f"Set it to 1 or more, or choose {data_free()}."
         )
 
 
 def refuse_shards(trainer: pl.Trainer) -> None:
     """Refuse strategies after which no process holds whole weights."""
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+    own = package_of(trainer).strategies
+    kinds = (own.FSDPStrategy, own.ModelParallelStrategy, own.DeepSpeedStrategy)
+    if isinstance(trainer.strategy, kinds):
         raise ValueError(
             "QuantizeOnFitEnd needs whole weights at fit end; "
             f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
             "device, or call clipquant.quantize() on the consolidated checkpoint."
+        )
+
+
+def check_others(trainer: pl.Trainer, callback: Any, others: list[Any]) -> None:
+    """Raise where a callback is listed twice, or two would write to one folder.
+
+    Args:
+        trainer: Has the callbacks.
+        callback: This one.
+        others: Every one of its kind in the Trainer, itself included.
+    """
+    if sum(other is callback for other in others) > 1:
+        raise ValueError(
+            "a QuantizeOnFitEnd must be listed once; this one stands in the Trainer's callbacks "
+            f"{sum(other is callback for other in others)} times. Leave one, or make two with a dirpath each."
+        )
+    folders = [Path(other.dirpath).resolve() for other in others if other.dirpath is not None]
+    if callback.dirpath is not None and folders.count(Path(callback.dirpath).resolve()) > 1:
+        raise ValueError(
+            f"each QuantizeOnFitEnd needs a folder of its own; {str(callback.dirpath)!r} is the dirpath of "
+            f"{folders.count(Path(callback.dirpath).resolve())}. Give each another dirpath, or none."
         )
