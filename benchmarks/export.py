@@ -28,11 +28,10 @@ from clipquant.export import (
     export_pt2,
     find_example,
 )
-from clipquant.export.bench import interleaved_medians
-from clipquant.export.onnx import feeds, open_session
-from clipquant.export.onnx_int8 import runner
-from clipquant.export.qdq import open_session_int8
+from clipquant.export.parts.sessions import feeds, open_any, runner
+from clipquant.export.parts.timing import interleaved_medians
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 from clipquant.reference import FashionMNIST, TwoConvNet
 
 THREADS = 1
@@ -89,24 +88,24 @@ def write_files(subject, bits, folder, judged):
     rows = [("PyTorch, float", (folder / "float.pt").stat().st_size, model)]
     write_float(model, example, folder / "float.onnx")
     size = (folder / "float.onnx").stat().st_size
-    rows.append(("ONNX, float", size, open_session(folder / "float.onnx", THREADS)))
+    rows.append(("ONNX, float", size, open_any(folder / "float.onnx", THREADS)))
     for width in bits:
-        weights = quantize_weights(model, width, method="rtn")
+        weights = quantize_weights(model, Recipe(width, method="rtn"))
         path = save_artifact(weights, folder / f"{width}.safetensors")
         rows.append((f"artifact, {width} bit", path.stat().st_size, None))
         record = export_pt2(model, weights, example, folder / f"{width}.pt2")
         rows.append((f"pt2, {width} bit", record.bytes, torch.export.load(record.path).module()))
         record = export_onnx(model, weights, example, folder / f"{width}.onnx")
-        rows.append((f"onnx, {width} bit", record.bytes, open_session(record.path, THREADS)))
+        rows.append((f"onnx, {width} bit", record.bytes, open_any(record.path, THREADS)))
         print(f"onnx, {width} bit: difference {record.difference:.1e}", *record.notes, flush=True)
     record = write_int8(subject, folder / "int8.onnx", judged)
     print("onnx-int8:", *record.notes, record.latency, flush=True)
-    return [*rows, ("onnx-int8", record.bytes, open_session_int8(record.path, THREADS))]
+    return [*rows, ("onnx-int8", record.bytes, open_any(record.path, THREADS))]
 
 
 def write_float(model, example, path):
     """Write the float network by the exporter that writes the quantized one, with an open batch."""
-    weights = quantize_weights(model, 8, method="rtn")
+    weights = quantize_weights(model, Recipe(8, method="rtn"))
     export_onnx(model, replace_by_floats(weights, model), example, path)
 
 
@@ -127,7 +126,7 @@ def write_int8(subject, path, judged):
         right = subject.accuracy(forward)
         return Judgement(best - right, {"accuracy": right})
 
-    weights = quantize_weights(subject.model, 8, method="rtn")
+    weights = quantize_weights(subject.model, Recipe(8, method="rtn"))
     return export_onnx_int8(
         subject.model,
         weights,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from clipquant._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from clipquant.artifact import load_quantized
     from clipquant.callbacks.gradient_clip import GradientClipCallback
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from clipquant.model import QuantizedModel, quantize, to_compressed_tensors
     from clipquant.reference.two_conv import TwoConvNet
 
-__version__ = "0.1.0"
 __all__ = [
     "GradientClipCallback",
     "QuantizeOnFitEnd",

@@ -166,7 +166,7 @@ def test_steps_that_go_around_forward_are_judged_by_distance(tmp_path):
 
 @pytest.mark.parametrize("formats", [["onnx"], ["onnx-int8"]])
 def test_a_missing_library_is_told_before_training(formats, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipquant.export.onnx.find_spec", lambda name: None)
+    monkeypatch.setattr("clipquant.export.parts.needs.find_spec", lambda name: None)
     model = Net()
     before = model.linear.weight.clone()
     with pytest.raises(ImportError, match=r"pip install 'clipquant\[onnx\]'"):

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipquant.quant.codes.grid import Coded, Grid, row_levels
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.ranges import quantize_weight
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.methods.rtn import quantize_weight
 from clipquant.report.layers import (
     histogram,
     rows_by_width,
-    sqnr_db,
     sqnr_of,
     stored_bytes,
     typical_levels,
@@ -25,13 +25,13 @@ from clipquant.report.layers import (
 
 def mixed() -> QuantizedTensor:
     """Three rows of 0, 2 and 2 bits; the step of row 2 is the larger."""
+    bits = torch.tensor([0, 2, 2], dtype=torch.uint8)
+    scale = torch.tensor([[0.7], [0.1], [0.2]])
+    grid = Grid(scale, torch.tensor([[-1.0], [1.0], [1.0]]), row_levels(bits), 3)
+    codes = torch.tensor([[0, 0, 0], [0, 1, 3], [1, 2, 3]], dtype=torch.uint8)
     return QuantizedTensor(
-        codes=torch.tensor([[0, 0, 0], [0, 1, 3], [1, 2, 3]], dtype=torch.uint8),
-        scale=torch.tensor([[0.7], [0.1], [0.2]]),
-        zero=torch.tensor([[-1.0], [1.0], [1.0]]),
-        bits=torch.tensor([0, 2, 2], dtype=torch.uint8),
-        levels=None,
-        group_size=3,
+        coded=Coded(codes, grid),
+        bits=bits,
         layout=quantize_weight(torch.zeros(3, 3), QuantSpec(2)).layout,
         dtype=torch.float32,
     )
@@ -76,8 +76,15 @@ def test_histogram_of_a_constant_weight_is_one_bar() -> None:
 
 
 def test_sqnr_of_nothing_lost_and_of_nothing_there() -> None:
-    assert sqnr_db(torch.ones(3), torch.ones(3)) == math.inf
-    assert sqnr_db(torch.zeros(3), torch.ones(3)) == -math.inf
+    ones = quantize_weight(torch.ones(2, 3), QuantSpec(8))
+    assert sqnr_of(torch.ones(2, 3), ones) == math.inf
+    assert sqnr_of(torch.zeros(2, 3), ones) == -math.inf
+
+
+def sqnr_db(weight: torch.Tensor, quantized: torch.Tensor) -> float:
+    """The definition, in float64."""
+    noise = (weight.double() - quantized.double()).square().sum()
+    return float(10 * torch.log10(weight.double().square().sum() / noise))
 
 
 @given(

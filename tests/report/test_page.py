@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from clipquant import quantize
-from clipquant.export import ExportRecord
+from clipquant.export import ExportRecord, Timing
 from clipquant.report import Budget, Latency, QuantizationReport, Trial, render_page
 
 FLAGS = (
@@ -60,7 +60,7 @@ def report() -> QuantizationReport:
         exports=(
             ExportRecord(
                 "onnx-int8", f"q/{LONG}.int8.onnx", 1_234_567, 0.01, ("activation ranges by MinMax",),
-                {"val_acc": 0.885}, {"threads": 2.0, "batch 1, float, ms": 0.71, "batch 1, int8, ms": 0.25},
+                {"val_acc": 0.885}, (Timing(1, 0.71, 0.25, 2),),
             ).to_dict(),
             ExportRecord("pt2", error="Net has no <graph>").to_dict(),
         ),

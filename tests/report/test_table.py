@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from clipquant import quantize
-from clipquant.export import ExportRecord
+from clipquant.export import ExportRecord, Timing
 from clipquant.report import Latency
 from clipquant.report import table as tables
 from clipquant.report.exports import EXPORT_HEADER, export_rows
@@ -81,8 +81,8 @@ def test_everything_is_printed_with_rich_and_without(
 
 
 def test_exports_are_rows_and_failures_say_why(capsys: pytest.CaptureFixture[str]) -> None:
-    latency = {"threads": 2.0, "batch 1, float, ms": 0.7, "batch 1, int8, ms": 0.2}
-    written = ExportRecord("onnx-int8", "q/m.onnx", 9000, 0.5, ("by MinMax",), {}, latency)
+    timings = (Timing(1, 0.7, 0.2, 2),)
+    written = ExportRecord("onnx-int8", "q/m.onnx", 9000, 0.5, ("by MinMax",), {}, timings)
     failed = ExportRecord("pt2", error="no graph")
     made = replace(report(), exports=(written.to_dict(), failed.to_dict()))
     rows = export_rows(made)

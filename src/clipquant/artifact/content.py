@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipquant._version import __version__
 from clipquant.artifact.envelope import (
     ArtifactError,
     read_bytes,
@@ -18,6 +19,7 @@ from clipquant.artifact.envelope import (
     unseal,
     write_whole,
 )
+from clipquant.quant.codes.grid import Grid, row_levels
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.pack import pack, packed_bytes
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
@@ -263,23 +265,19 @@ def _weights(stored: dict[str, Tensor], metadata: Mapping[str, Any]) -> Quantize
 def _packed(name: str, about: Mapping[str, Any], stored: dict[str, Tensor]) -> PackedTensor:
     """Take one weight's parts out of `stored`."""
     layout = Layout(tuple(about["shape"]), about["axis"], about["groups"])
-    granularity = about["granularity"]
-    return PackedTensor(
-        stored.pop(f"{name}.q"),
+    bits, levels = stored.pop(f"{name}.bits", about["bits"]), about["levels"]
+    size = about["granularity"]
+    grid = Grid(
         stored.pop(f"{name}.scale"),
         stored.pop(f"{name}.zero", None),
-        stored.pop(f"{name}.bits", about["bits"]),
-        about["levels"],
-        granularity if isinstance(granularity, int) else layout.columns,
-        layout,
-        getattr(torch, about["dtype"]),
-        about["method"],
+        row_levels(bits) if isinstance(bits, Tensor) else levels,
+        size if isinstance(size, int) else layout.columns,
     )
+    data, dtype = stored.pop(f"{name}.q"), getattr(torch, about["dtype"])
+    return PackedTensor(data, grid, bits, layout, dtype, about["method"])
 
 
 def _versions() -> dict[str, str]:
-    from clipquant import __version__
-
     return {"clipquant": __version__, "torch": torch.__version__}
 
 

@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from clipquant.errors import ArgumentError
+
 FORMAT_VERSION = 1
 _KEY = "clipquant"
 _BLANK = "0" * 64  # stands for the digest while the digest is taken
@@ -33,7 +35,7 @@ _KINDS = {
 _PLACE = {dtype: place for place, dtype in enumerate(_KINDS)}
 
 
-class ArtifactError(ValueError):
+class ArtifactError(ArgumentError):
     """A file that cannot be trusted or used: says which file, what is wrong, and what to do."""
 
 

@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from clipquant.errors import ArgumentError
+
 Metrics = Mapping[str, float]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-class BudgetError(ValueError):
+class BudgetError(ArgumentError):
     """A budget that cannot be met, or cannot be judged: says what is missing."""
 
 
@@ -38,14 +40,15 @@ def check_budget(max_drop: object, max_size: object) -> None:
     >>> check_budget(-0.1, None)
     Traceback (most recent call last):
     ...
-    ValueError: max_drop must be a finite number, 0 or more, in the units of the monitored metric; got -0.1.
+    clipquant.errors.ArgumentError: max_drop must be a finite number, 0 or more, in the units of the monitored metric; \
+got -0.1.
     """
     if max_drop is not None and (
         isinstance(max_drop, bool)
         or not isinstance(max_drop, (int, float))
         or not 0 <= max_drop < math.inf
     ):
-        raise ValueError(
+        raise ArgumentError(
             "max_drop must be a finite number, 0 or more, in the units of the monitored metric; "
             f"got {max_drop!r}."
         )
@@ -68,8 +71,8 @@ def size_in_bytes(max_size: object, float_bytes: int) -> int:
     (300000, 250, 2097152)
     """
     if isinstance(max_size, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", max_size, re.IGNORECASE)
-        size = 0 if found is None else int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+        text = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", max_size, re.IGNORECASE)
+        size = 0 if text is None else int(float(text[1]) * _UNITS[(text[2] or "").lower()])
         if size > 0:
             return size
     elif isinstance(max_size, int) and not isinstance(max_size, bool) and max_size > 0:
@@ -78,7 +81,7 @@ def size_in_bytes(max_size: object, float_bytes: int) -> int:
         return int(max_size * float_bytes)
     elif isinstance(max_size, float) and max_size >= 1 and max_size.is_integer():
         return int(max_size)
-    raise ValueError(
+    raise ArgumentError(
         "max_size must be a whole number of bytes, a share of the float size between 0 and 1, or a "
         f"text as '300kB' or '1.5 MB'; got {max_size!r}."
     )

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from clipquant.budget.bisection import MAX_TRIALS, smallest_that_holds
 from clipquant.budget.goal import BudgetError, Goal, Metrics, refuse_below
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.widths.allocator import Allocator
-from clipquant.quant.widths.frontier import MAX_TRIALS, smallest_that_holds
 from clipquant.report.record import Budget, Trial, drop_of
 
 _SIZES = 400  # that a search for the smallest size chooses from: 9 bisections
@@ -20,7 +20,7 @@ _CURVE = (0.8, 0.6)  # shares of a size budget that are measured too, to show wh
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Allocation:
     """The weights chosen, their widths and metrics, and the search that led to them."""
 
     weights: QuantizedWeights
@@ -31,12 +31,12 @@ class Outcome:
 
 def meet(
     goal: Goal,
-    found: Allocator,
+    allocator: Allocator,
     size_of: Callable[[QuantizedWeights], int],
     before: Metrics,
     judge: Callable[[QuantizedWeights], Metrics] | None,
     spare: int = 0,
-) -> Outcome:
+) -> Allocation:
     """Return the weights that meet a goal, or come nearest to it, with the search that found them.
 
     With `max_size` alone the budget is filled; with `max_drop` alone the smallest file that was
@@ -45,7 +45,7 @@ def meet(
 
     Args:
         goal: What is asked for.
-        found: The weights on grids of every width.
+        allocator: The weights on grids of every width.
         size_of: Bytes of the file that holds some weights.
         before: Metrics of the float model.
         judge: Metrics of the model with some weights. None: sizes alone can be met.
@@ -54,7 +54,7 @@ def meet(
     Raises:
         BudgetError: If the metric was not logged or is NaN, or no file is as small as `max_size`.
     """
-    return _Search(goal, found, size_of, before, judge, spare).run()
+    return _Search(goal, allocator, size_of, before, judge, spare).run()
 
 
 class _Search:
@@ -63,21 +63,22 @@ class _Search:
     def __init__(
         self,
         goal: Goal,
-        found: Allocator,
+        allocator: Allocator,
         size_of: Callable[[QuantizedWeights], int],
         before: Metrics,
         judge: Callable[[QuantizedWeights], Metrics] | None,
         spare: int,
     ) -> None:
-        self.goal, self.found, self.size_of, self.judge = goal, found, size_of, judge
+        self.goal, self.allocator, self.size_of, self.judge = goal, allocator, size_of, judge
         self.spare = spare
         self.before = _monitored(before, goal, judge is not None)
-        self.tried: list[tuple[Outcome, Trial]] = []
-        least = found.weights(found.frontier.fill(found.frontier.least_bytes))
+        self.tried: list[tuple[Allocation, Trial]] = []
+        edge = allocator.frontier
+        least = allocator.weights(edge.fill(edge.least_bytes))
         self.smallest = size_of(least) + spare
-        self.overhead = self.smallest - found.frontier.least_bytes
+        self.overhead = self.smallest - edge.least_bytes
 
-    def run(self) -> Outcome:
+    def run(self) -> Allocation:
         """Search as the goal says, and mark what is chosen."""
         goal = self.goal
         if goal.max_size is not None:
@@ -98,7 +99,7 @@ class _Search:
             return best
         fits = [w for w in range(1, 9) if self._uniform_size(w) <= limit]
         if fits:
-            other = self._try(self.found.uniform(fits[-1]), "uniform")
+            other = self._try(self.allocator.uniform(fits[-1]), "uniform")
             if self._drop(other) < self._drop(best):
                 best = other
         for share in _CURVE:
@@ -106,9 +107,9 @@ class _Search:
                 self._try(self._bits(int(share * limit)))
         return best
 
-    def _least(self) -> Outcome:
+    def _least(self) -> Allocation:
         """Return the smallest allocation measured to hold; without one, the nearest."""
-        goal, edge = self.goal, self.found.frontier
+        goal, edge = self.goal, self.allocator.frontier
         first = max(edge.least_bytes, (goal.max_size or 0) - self.overhead, edge.most_bytes // 40)
         points = torch.logspace(
             math.log(max(first, 1)), math.log(max(edge.most_bytes, 2)), _SIZES, math.e
@@ -117,29 +118,29 @@ class _Search:
         at: dict[int, int] = {}
 
         def holds(code_bytes: int) -> bool:
-            at[code_bytes] = self._try(self.found.frontier.fill(code_bytes))
+            at[code_bytes] = self._try(edge.fill(code_bytes))
             return self._holds(at[code_bytes])
 
-        answer = smallest_that_holds(holds, sizes, MAX_TRIALS - len(self.tried))
-        if answer.size is None:
+        smallest = smallest_that_holds(holds, sizes, MAX_TRIALS - len(self.tried))
+        if smallest is None:
             nearest = min(range(len(self.tried)), key=self._drop)
             said = f"no allocation keeps the drop of {goal.monitor} within {goal.max_drop:g}; the least is"
             return self._chosen(nearest, f"{said} {self._drop(nearest):.4g}")
-        return self._chosen(at[answer.size], "")
+        return self._chosen(at[smallest], "")
 
     def _bits(self, file_bytes: int) -> dict[str, Tensor]:
         """Return the allocation that fills a file of at most so many bytes."""
-        room = file_bytes - self.overhead
+        room, edge = file_bytes - self.overhead, self.allocator.frontier
         while True:
-            bits = self.found.frontier.fill(max(room, self.found.frontier.least_bytes))
-            over = self.size_of(self.found.weights(bits)) + self.spare - file_bytes
-            if over <= 0 or room <= self.found.frontier.least_bytes:
+            bits = edge.fill(max(room, edge.least_bytes))
+            over = self.size_of(self.allocator.weights(bits)) + self.spare - file_bytes
+            if over <= 0 or room <= edge.least_bytes:
                 return bits
             room -= over
 
     def _uniform_size(self, width: int) -> int:
-        choices = self.found.frontier.choices
-        bits = self.found.uniform(width)
+        choices = self.allocator.frontier.choices
+        bits = self.allocator.uniform(width)
         rows = sum(
             c.row_bytes(int(bits[n][0])) * len(c.losses) for n, c in choices.items() if len(bits[n])
         )
@@ -147,10 +148,10 @@ class _Search:
 
     def _try(self, bits: Mapping[str, Tensor], what: str = "rows") -> int:
         """Measure an allocation; return its index."""
-        weights = self.found.settled(self.found.weights(bits))
+        weights = self.allocator.settled(self.allocator.weights(bits))
         metrics = {} if self.judge is None else self.judge(weights)
         trial = Trial(self.size_of(weights), metrics.get(self.goal.monitor), what)
-        self.tried.append((Outcome(weights, bits, metrics, Budget()), trial))
+        self.tried.append((Allocation(weights, bits, metrics, Budget()), trial))
         return len(self.tried) - 1
 
     def _drop(self, index: int) -> float:
@@ -162,7 +163,7 @@ class _Search:
     def _holds(self, index: int) -> bool:
         return self._drop(index) <= (self.goal.max_drop or 0.0) + 1e-9
 
-    def _chosen(self, index: int, failure: str) -> Outcome:
+    def _chosen(self, index: int, failure: str) -> Allocation:
         trials = tuple(
             replace(trial, chosen=number == index) for number, (_, trial) in enumerate(self.tried)
         )

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from clipquant.callbacks.lightning import package_of
+from clipquant.errors import ArgumentError
 
 
 def monitored(trainer: pl.Trainer, monitor: str | None, mode: str | None) -> tuple[str, str]:
@@ -28,7 +29,9 @@ def logged_name(monitor: str, metrics: Mapping[str, float]) -> str:
     """
     if monitor in metrics:
         return monitor
-    return next((name for name in metrics if name.startswith(f"{monitor}/dataloader_idx_")), monitor)
+    return next(
+        (name for name in metrics if name.startswith(f"{monitor}/dataloader_idx_")), monitor
+    )
 
 
 def check_best(trainer: pl.Trainer) -> None:
@@ -40,13 +43,13 @@ def check_best(trainer: pl.Trainer) -> None:
     if getattr(trainer, "fast_dev_run", False):
         return  # a dry run keeps no checkpoint and quantizes the last weights
     if not trainer.checkpoint_callbacks:
-        raise ValueError(
+        raise ArgumentError(
             "weights='best' needs a ModelCheckpoint callback, and the Trainer has none. "
             "Add one, or use weights='last'."
         )
     own = _checkpoints(trainer)
     if own and all(callback.save_top_k == 0 for callback in own):
-        raise ValueError(
+        raise ArgumentError(
             "weights='best' needs a ModelCheckpoint that keeps a best checkpoint; got save_top_k=0. "
             "Set save_top_k=1 and a monitor, or use weights='last'."
         )
@@ -66,7 +69,7 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule, monitor: str) -> 
     """
     path = _best_path(trainer, monitor)
     if not path:
-        raise ValueError(
+        raise ArgumentError(
             "weights='best' found no best checkpoint: ModelCheckpoint has saved none. "
             "Give it a monitor that is logged, or use weights='last'."
         )
@@ -78,8 +81,13 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule, monitor: str) -> 
 
 def _best_path(trainer: pl.Trainer, monitor: str) -> str:
     callbacks = [c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "")]
-    callbacks.sort(key=lambda c: (getattr(c, "monitor", None) != monitor, c.monitor is None))
+    callbacks.sort(key=lambda c: _distance(c, monitor))
     return str(callbacks[0].best_model_path) if callbacks else ""  # type: ignore[attr-defined]
+
+
+def _distance(callback: Any, monitor: str) -> tuple[bool, bool]:
+    own = getattr(callback, "monitor", None)
+    return own != monitor, own is None
 
 
 def _checkpoints(trainer: pl.Trainer) -> list[Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +14,59 @@ import torch
 from clipquant.callbacks.road.calibration import Found, Prepared, loop_on, run_prepared
 from clipquant.callbacks.road.judge import judge, replaced
 from clipquant.callbacks.road.road import Road
+from clipquant.errors import ArgumentError
 from clipquant.export import (
     Example,
     ExportError,
     ExportRecord,
+    Format,
     Judgement,
-    export_onnx,
-    export_onnx_int8,
-    export_pt2,
+    Subject,
     find_example,
-    require_onnx,
 )
-from clipquant.export.onnx_int8 import Forward
+from clipquant.export.formats import as_format, known_names
+from clipquant.export.parts.subject import Forward, Judge
 from clipquant.model import QuantizedModel
 from clipquant.report.record import QuantizationReport
 
-FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "onnx-int8": "model.int8.onnx"}
 
-
-def check_formats(formats: Sequence[str] | None, calibration_batches: int) -> tuple[str, ...]:
+def check_formats(
+    asked: Sequence[str | Format] | None, calibration_batches: int
+) -> tuple[Format, ...]:
     """Return the formats to export, or raise for one that cannot be.
 
     >>> check_formats(["tflite"], 16)
     Traceback (most recent call last):
     ...
-    ValueError: export must be a list of 'pt2', 'onnx', 'onnx-int8'; got ['tflite'].
+    clipquant.errors.ArgumentError: export must be a list of 'pt2', 'onnx', 'onnx-int8', 'compressed-tensors'; \
+got ['tflite'].
     """
-    if isinstance(formats, str) or not set(formats or ()) <= set(FILES):
-        known = ", ".join(map(repr, FILES))
-        raise ValueError(f"export must be a list of {known}; got {formats!r}.")
-    if "onnx-int8" in (formats or ()) and calibration_batches < 1:
-        raise ValueError(
-            "export='onnx-int8' calibrates the ranges of activations; got calibration_batches=0. "
-            "Set it to 1 or more, or export 'onnx'."
-        )
-    return tuple(dict.fromkeys(formats or ()))
+    try:
+        if isinstance(asked, str):
+            raise ArgumentError
+        formats = tuple(dict.fromkeys(as_format(given) for given in asked or ()))
+    except ArgumentError:
+        raise ArgumentError(f"export must be a list of {known_names()}; got {asked!r}.") from None
+    for chosen in formats:
+        if chosen.calibrates and calibration_batches < 1:
+            raise ArgumentError(
+                f"export={chosen.name!r} calibrates the ranges of activations; got calibration_batches=0. "
+                "Set it to 1 or more, or export 'onnx'."
+            )
+    return formats
 
 
-def check_installed(formats: Sequence[str]) -> None:
-    """Raise before any training if a library that a format takes is missing."""
-    if any(name.startswith("onnx") for name in formats):
-        require_onnx()
+def check_installed(formats: Sequence[Format]) -> None:
+    """Raise before any training if a package that a format takes is missing."""
+    for chosen in formats:
+        chosen.require()
 
 
 def export_files(
     road: Road,
     found: Found | None,
     quantized: QuantizedModel,
-    formats: Sequence[str],
+    formats: Sequence[Format],
     folder: Path,
     *,
     max_drop: float | None,
@@ -71,27 +77,58 @@ def export_files(
         road: The road; its guest ends as it was.
         found: Batches that give the example and calibrate the ranges of activations.
         quantized: The quantized weights and what is known of them.
-        formats: Of `FILES`.
+        formats: What to write.
         folder: Where the files go.
         max_drop: Most that int8 may lose of the monitored metric.
     """
-    if not formats:
-        return ()
-    batches = [] if found is None else list(found.batches)
+    source = _Source(road, found, quantized, max_drop)
+    return tuple(_export(chosen, source, folder / chosen.file) for chosen in formats)
+
+
+def _export(chosen: Format, source: _Source, path: Path) -> ExportRecord:
+    """Return the record of one format's file; of why there is none, where there is none."""
     try:
-        example = find_call(road, found)
-    except Exception as error:
-        return tuple(ExportRecord(name, error=_why(error)) for name in formats)
-    records = []
-    for name in formats:
-        try:
-            record = _export(
-                name, road, quantized, example, folder / FILES[name], batches, max_drop
-            )
-        except Exception as error:
-            record = ExportRecord(name, error=_why(error))
-        records.append(record)
-    return tuple(records)
+        subject, unjudged = source.subject(chosen)
+        record = chosen.write(subject, path)
+    except Exception as error:  # a model, its data and an exporter may raise anything
+        said = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+        return ExportRecord(chosen.name, error=said)
+    return replace(record, notes=(*record.notes, unjudged)) if unjudged else record
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the subjects of all exports of one fit are made from, each part once and only where it is needed."""
+
+    road: Road
+    found: Found | None
+    quantized: QuantizedModel
+    max_drop: float | None
+
+    def subject(self, chosen: Format) -> tuple[Subject, str]:
+        """Return what a format is given, and why it has no judge where it could use one."""
+        weights = self.quantized.weights
+        if not chosen.traces:
+            return Subject(weights), ""
+        traced = Subject(weights, self.road.guest, self.example)
+        if not chosen.calibrates:
+            return traced, ""
+        batches = [] if self.found is None else list(self.found.batches)
+        seen = _seen_calls(self.road, batches)
+        judge_forward, unjudged = _judge(self.road, self.quantized.report)
+        _detach_(self.road)
+        calls = [
+            find_example(self.road.guest, batch, own=False, call=call)
+            for batch, call in zip(batches, seen, strict=True)
+        ]
+        return (
+            replace(traced, calibration=calls, judge=judge_forward, max_drop=self.max_drop),
+            unjudged,
+        )
+
+    @cached_property
+    def example(self) -> Example:
+        return find_call(self.road, self.found)
 
 
 def find_call(road: Road, found: Found | None) -> Example:
@@ -101,42 +138,14 @@ def find_call(road: Road, found: Found | None) -> Example:
         ExportError: If none can be found.
     """
     batches = [] if found is None else list(found.batches[:1])
-    calls = _seen_calls(road, batches)
+    seen = _seen_calls(road, batches)
+    _detach_(road)
+    return find_example(road.guest, batches[0] if batches else None, call=seen[0] if seen else None)
+
+
+def _detach_(road: Road) -> None:
     road.guest._trainer = None
     road.guest.eval()
-    return find_example(road.guest, batches[0] if batches else None, call=calls[0])
-
-
-def _why(error: Exception) -> str:
-    return str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
-
-
-def _export(
-    name: str,
-    road: Road,
-    quantized: QuantizedModel,
-    example: Example,
-    path: Path,
-    batches: Sequence[Any],
-    max_drop: float | None,
-) -> ExportRecord:
-    module, weights = road.guest, quantized.weights
-    if name != "onnx-int8":
-        write = export_pt2 if name == "pt2" else export_onnx
-        return write(module, weights, example, path)
-    calls = [
-        find_example(module, batch, own=False, call=call)
-        for batch, call in zip(batches, _seen_calls(road, batches), strict=True)
-    ]
-    judge_forward = _judge(road, quantized.report)
-    why = judge_forward if isinstance(judge_forward, str) else None
-    record = export_onnx_int8(
-        module, weights, example, path,
-        calibration=calls,
-        judge=None if isinstance(judge_forward, str) else judge_forward,
-        max_drop=max_drop,
-    )  # fmt: skip
-    return record if why is None else replace(record, notes=(*record.notes, why))
 
 
 def _seen_calls(road: Road, batches: Sequence[Any]) -> list[Example | None]:
@@ -145,7 +154,7 @@ def _seen_calls(road: Road, batches: Sequence[Any]) -> list[Example | None]:
     What a step passes to forward is known for certain only by running it: a batch of two tensors may
     be inputs and targets, two inputs, or one input that is a pair.
     """
-    found: list[Example | None] = [None] * max(len(batches), 1)
+    found: list[Example | None] = [None] * len(batches)
     if not batches or not road.has_step:
         return found
     own = road.guest.forward
@@ -169,29 +178,27 @@ def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
 
 
-def _judge(
-    road: Road, report: QuantizationReport
-) -> Callable[[Forward], Judgement] | str:
-    """Return a judge by the monitored metric, or why there is none that forward decides."""
+def _judge(road: Road, report: QuantizationReport) -> tuple[Judge | None, str]:
+    """Return a judge by the monitored metric; without one, why there is none that forward decides."""
     monitor = report.monitor
     if monitor is None or monitor not in report.float_metrics:
-        return "no validation metric is monitored"
-    called = _measure(road, road.guest.forward)[1]
+        return None, "no validation metric is monitored"
+    called = _metrics_with(road, road.guest.forward)[1]
     if not called:
-        return (
+        return None, (
             "validation_step does not call self(...) or self.forward(...), in whose place the exported "
             "file would run"
         )
 
     def judge_forward(forward: Forward) -> Judgement:
-        metrics, _ = _measure(road, forward)
+        metrics, _ = _metrics_with(road, forward)
         worse = metrics[monitor] - report.float_metrics[monitor]
         return Judgement(-worse if report.mode == "max" else worse, metrics)
 
-    return judge_forward
+    return judge_forward, ""
 
 
-def _measure(road: Road, forward: Forward) -> tuple[dict[str, float], bool]:
+def _metrics_with(road: Road, forward: Forward) -> tuple[dict[str, float], bool]:
     """Return the validation metrics with `forward` in the place of the module's, and if it was used."""
     calls = []
 

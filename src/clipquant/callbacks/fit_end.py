@@ -34,7 +34,7 @@ from clipquant.quant.network.state import kept, seeded
 from clipquant.quant.recipe import Recipe
 from clipquant.report.files import write_report
 from clipquant.report.progress import progress_bar
-from clipquant.report.record import QuantizationReport
+from clipquant.report.record import Latency, QuantizationReport
 from clipquant.report.table import print_summary
 
 FILE = "model.safetensors"
@@ -212,9 +212,7 @@ class FitEnd:
             if self.trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 made.save(path)
-                report = replace(
-                    made.report, path=str(path), sha256=read_metadata(path)["sha256"]
-                )
+                report = replace(made.report, path=str(path), sha256=read_metadata(path)["sha256"])
                 made = replace(made, report=report)
             saved = path
         return made, saved
@@ -223,17 +221,24 @@ class FitEnd:
         self, road: Road, found: Found | None, made: QuantizedModel, path: Path | None
     ) -> QuantizedModel:
         """Add what is measured beside the file: latency and exports."""
-        latency, exports = None, ()
+        latency: Latency | None = None
+        exports: tuple[dict[str, Any], ...] = ()
         if found is not None:
-            with self.failures.step("timing a step", "the report has no latency", "None is needed."):
+            with self.failures.step(
+                "timing a step", "the report has no latency", "None is needed."
+            ):
                 latency = measure_latency(road, made.state_dict(), found)
         made = replace(made, report=replace(made.report, latency=latency))
         if path is not None:
-            with self.failures.step(
-                "exporting",
-                "the artifact is whole without",
-                "clipquant export makes formats from it later.",
-            ), kept(road.guest), seeded(0):
+            with (
+                self.failures.step(
+                    "exporting",
+                    "the artifact is whole without",
+                    "clipquant export makes formats from it later.",
+                ),
+                kept(road.guest),
+                seeded(0),
+            ):
                 records = export_files(
                     road,
                     found,

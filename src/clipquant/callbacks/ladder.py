@@ -46,7 +46,9 @@ def climb_down(
                 return rung.run()
         except Exception as error:  # whatever user code that a method runs raises
             last = number == len(rungs) - 1
-            instead = f"{rungs[number + 1].what} comes next" if not last else "nothing was quantized"
+            instead = (
+                f"{rungs[number + 1].what} comes next" if not last else "nothing was quantized"
+            )
             remedy = (
                 f"The module keeps its float weights; later: {line()}"
                 if last

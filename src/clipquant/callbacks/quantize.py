@@ -29,6 +29,8 @@ from clipquant.callbacks.quantize_checks import (
 from clipquant.callbacks.rehearsal import is_built, rehearse
 from clipquant.callbacks.road.ranks import from_first, leaving, several
 from clipquant.callbacks.settings import Settings
+from clipquant.errors import ArgumentError
+from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import check_auto, check_smallest
 from clipquant.model.entry import quantize_by
@@ -75,8 +77,9 @@ class QuantizeOnFitEnd(Callback):
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
         weights: Which weights: those at the end ("last") or ModelCheckpoint's best ("best").
         dirpath: Folder of the file and the report. None: `quantized/` under the log directory.
-        export: Further formats to write beside the file: "pt2" (`model.pt2`), "onnx" (`model.onnx`)
-            and "onnx-int8" (`model.int8.onnx`). One that fails leaves its reason in the report.
+        export: Further formats to write beside the file: "pt2" (`model.pt2`), "onnx" (`model.onnx`),
+            "onnx-int8" (`model.int8.onnx`), "compressed-tensors" (a folder of that ending), or a format of
+            your own. One that fails leaves its reason in the report.
         on_fail: What to do when a budget cannot be met.
 
     Attributes:
@@ -89,7 +92,7 @@ class QuantizeOnFitEnd(Callback):
     >>> QuantizeOnFitEnd(bits=9)
     Traceback (most recent call last):
     ...
-    ValueError: bits must be a whole number from 1 to 8; got 9. Use 8 for the widest grid, or \
+    clipquant.errors.ArgumentError: bits must be a whole number from 1 to 8; got 9. Use 8 for the widest grid, or \
 bits='auto' with max_drop or max_size to have it chosen.
     """
 
@@ -111,13 +114,11 @@ bits='auto' with max_drop or max_size to have it chosen.
         overrides: dict[str, int] | None = None,
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
-        export: list[Literal["onnx", "onnx-int8", "pt2"]] | None = None,
+        export: list[str | Format] | None = None,
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
         chosen = MAX_BITS if bits == "auto" else bits
-        recipe = Recipe(
-            chosen, levels, symmetric, granularity, method, include, exclude, overrides
-        )
+        recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
         check_choice("weights", weights, ("last", "best"))
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
@@ -176,7 +177,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         if error is not None:
             raise error
         if self.settings.max_drop is not None and not trainer.enable_validation:
-            raise ValueError(
+            raise ArgumentError(
                 "max_drop is judged on validation data, and the Trainer has none. Give it a "
                 "val_dataloader and a validation_step, or ask for max_size alone."
             )

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from clipquant.callbacks.lightning import package_of
+from clipquant.errors import ArgumentError
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.recipe import data_free
 
@@ -18,10 +19,12 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     >>> check_choice("mode", "up", ("min", "max"))
     Traceback (most recent call last):
     ...
-    ValueError: mode must be one of 'min', 'max'; got 'up'.
+    clipquant.errors.ArgumentError: mode must be one of 'min', 'max'; got 'up'.
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        raise ArgumentError(
+            f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}."
+        )
 
 
 def check_writable(folder: Path) -> None:
@@ -44,12 +47,12 @@ def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
     given = {"max_drop": max_drop, "max_size": max_size}
     named = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
     if bits != "auto" and named:
-        raise ValueError(
+        raise ArgumentError(
             f"a budget needs bits='auto', which chooses the bits by it; got bits={bits!r} with "
             f"{named}. Set bits='auto', or leave the budget out."
         )
     if bits == "auto" and not named:
-        raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
+        raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
 
 
 def check_calibration(calibration_batches: int, method: str | Method) -> None:
@@ -58,17 +61,18 @@ def check_calibration(calibration_batches: int, method: str | Method) -> None:
     >>> check_calibration(0, "gptq")
     Traceback (most recent call last):
     ...
-    ValueError: method='gptq' calibrates on train batches; got calibration_batches=0. Set it to 1 or more, or choose \
+    clipquant.errors.ArgumentError: method='gptq' calibrates on train batches; got calibration_batches=0. Set it \
+to 1 or more, or choose \
 'rtn', 'mse' or 'hqq'.
     """
     if calibration_batches != int(calibration_batches) or calibration_batches < 0:
-        raise ValueError(
+        raise ArgumentError(
             "calibration_batches must be a whole number, 0 or more; got "
             f"{calibration_batches!r}. 0 quantizes without data."
         )
     solver = METHODS[method] if isinstance(method, str) else method
     if solver.needs_data and calibration_batches == 0:
-        raise ValueError(
+        raise ArgumentError(
             f"method={solver.name!r} calibrates on train batches; got calibration_batches=0. "
             f"Set it to 1 or more, or choose {data_free()}."
         )
@@ -79,7 +83,7 @@ def refuse_shards(trainer: pl.Trainer) -> None:
     own = package_of(trainer).strategies
     kinds = (own.FSDPStrategy, own.ModelParallelStrategy, own.DeepSpeedStrategy)
     if isinstance(trainer.strategy, kinds):
-        raise ValueError(
+        raise ArgumentError(
             "QuantizeOnFitEnd needs whole weights at fit end; "
             f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
             "device, or call clipquant.quantize() on the consolidated checkpoint."
@@ -95,13 +99,13 @@ def check_others(trainer: pl.Trainer, callback: Any, others: list[Any]) -> None:
         others: Every one of its kind in the Trainer, itself included.
     """
     if sum(other is callback for other in others) > 1:
-        raise ValueError(
+        raise ArgumentError(
             "a QuantizeOnFitEnd must be listed once; this one stands in the Trainer's callbacks "
             f"{sum(other is callback for other in others)} times. Leave one, or make two with a dirpath each."
         )
     folders = [Path(other.dirpath).resolve() for other in others if other.dirpath is not None]
     if callback.dirpath is not None and folders.count(Path(callback.dirpath).resolve()) > 1:
-        raise ValueError(
+        raise ArgumentError(
             f"each QuantizeOnFitEnd needs a folder of its own; {str(callback.dirpath)!r} is the dirpath of "
             f"{folders.count(Path(callback.dirpath).resolve())}. Give each another dirpath, or none."
         )

@@ -105,11 +105,15 @@ def _calibrate_(road: Road, settings: Settings, found: Found, failures: Failures
                 )
             )
         return
-    with failures.step(
-        "calibrating one layer on one batch",
-        "the weights will be quantized without data",
-        "Set calibration_batches=0 to ask for that.",
-    ), kept(road.guest, parameters=True), seeded(0):
+    with (
+        failures.step(
+            "calibrating one layer on one batch",
+            "the weights will be quantized without data",
+            "Set calibration_batches=0 to ask for that.",
+        ),
+        kept(road.guest, parameters=True),
+        seeded(0),
+    ):
         _quantize_one(road, settings, found, _smallest(targets))
 
 
@@ -124,11 +128,16 @@ def _quantize_one(road: Road, settings: Settings, found: Found, target: Target) 
 def _export_(road: Road, settings: Settings, found: Found, failures: Failures) -> None:
     if not settings.export:
         return
-    with failures.step(
-        f"finding an example for {', '.join(settings.export)}",
-        "the exports will fail, the artifact will not",
-        "Set self.example_input_array in the module.",
-    ), kept(road.guest), seeded(0), torch.no_grad():
+    with (
+        failures.step(
+            f"finding an example for {', '.join(chosen.name for chosen in settings.export)}",
+            "the exports will fail, the artifact will not",
+            "Set self.example_input_array in the module.",
+        ),
+        kept(road.guest),
+        seeded(0),
+        torch.no_grad(),
+    ):
         find_call(road, found)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from clipquant.budget.goal import size_in_bytes
 from clipquant.callbacks.checkpoint import monitored
+from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits
 from clipquant.quant.recipe import Recipe
@@ -40,7 +41,7 @@ class Settings:
     monitor: str | None
     mode: str | None
     weights: str
-    export: tuple[str, ...]
+    export: tuple[Format, ...]
 
     @property
     def plain(self) -> Recipe:
@@ -65,7 +66,11 @@ class Settings:
 
     def judges(self, trainer: pl.Trainer) -> bool:
         """Return whether somebody has named the metric that judges: the callback, or a ModelCheckpoint."""
-        return self.monitor is not None or self.max_drop is not None or self.monitored(trainer)[0] != "val_loss"
+        return (
+            self.monitor is not None
+            or self.max_drop is not None
+            or self.monitored(trainer)[0] != "val_loss"
+        )
 
     def goal(self, trainer: pl.Trainer) -> AutoBits:
         """Return the budgets, and the metric that judges."""

@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from clipquant.errors import ClipquantError
 
-class CommandError(Exception):
-    """What the user has to change; shown as it is, without a traceback."""
+
+class CommandError(ClipquantError):
+    """What the user has to change on the command line; shown as it is, without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Command:
 
     Args:
         help: one line for ``clipquant --help``.
-        add_arguments: declares the arguments on the command's parser.
+        add_arguments: declares the arguments on the command's parser, once the command is asked for.
         run: does the work and returns the exit code.
     """
 

@@ -52,18 +52,18 @@ def verify_file(path: str | Path) -> int:
     Raises:
         CommandError: where there is no such file.
     """
-    from clipquant.artifact import verify_artifact
+    from clipquant.artifact import ArtifactError, read_artifact, verify_artifact
 
     if not Path(path).is_file():
         raise CommandError(f"{path} is no file: pass the path of a quantized .safetensors file.")
-    damage = verify_artifact(path)
-    if not damage:
+    if not verify_artifact(path):
         print(f"{path}: ok")
-    elif damage[0].startswith(str(path)):
-        print(damage[0])
-    else:
-        print(f"{path} is damaged: {', '.join(damage)}. Fetch or write it again.")
-    return 1 if damage else 0
+        return 0
+    try:
+        read_artifact(path)
+    except ArtifactError as damage:
+        print(damage)
+    return 1
 
 
 def report_file(path: str | Path, html: str | Path | None, show: bool = False) -> int:

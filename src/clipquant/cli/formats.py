@@ -7,51 +7,84 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipquant.cli.command import Command, CommandError, add_file
+from clipquant.errors import ArgumentError
 
-_ENDINGS = {"pt2": ".pt2", "onnx": ".onnx", "onnx-int8": ".int8.onnx"}
+if TYPE_CHECKING:
+    from clipquant.export import Format, Subject
+    from clipquant.quant.codes.weights import QuantizedWeights
 
 
 def export_artifact(args: argparse.Namespace) -> int:
     """Write an artifact in another format, with the model's code but without its training."""
     from clipquant.artifact import read_artifact
-    from clipquant.export import as_example, export_onnx, export_onnx_int8, export_pt2, find_example
 
-    module = _build_model(args.model, json.loads(args.model_args))
-    weights = read_artifact(args.file).weights
-    out = Path(args.output or Path(args.file).with_suffix(_ENDINGS[args.format]))
-    inputs = _read_inputs(args.inputs) if args.inputs else None
-    example = find_example(module) if inputs is None else as_example(inputs)
-    if args.format == "onnx-int8":
-        if inputs is None:
-            raise CommandError(
-                "onnx-int8 calibrates the ranges of activations on data: pass --inputs FILE.npy or "
-                ".npz with real inputs, a few hundred rows."
-            )
-        batches = [example.rows(i, i + 32) for i in range(0, example.batch_size or 1, 32)]
-        record = export_onnx_int8(module, weights, batches[0], out, calibration=batches)
-    else:
-        write = export_pt2 if args.format == "pt2" else export_onnx
-        record = write(module, weights, example, out)
-    print(f"{record.path}: {record.bytes:,} bytes, outputs within {record.difference:.3g}")
+    chosen: Format = args.format
+    chosen.require()
+    subject = _subject(chosen, args, read_artifact(args.file).weights)
+    out = Path(args.output or Path(args.file).with_suffix(chosen.suffix))
+    record = chosen.write(subject, out)
+    within = "" if record.difference is None else f", outputs within {record.difference:.3g}"
+    print(f"{record.path}: {record.bytes:,} bytes{within}")
     for line in (*record.notes, *(f"{k}: {v:.3g}" for k, v in record.latency.items())):
         print(f"  {line}")
     return 0
 
 
-def _build_model(name: str, arguments: dict[str, object]) -> Any:
-    """Return an instance of `package.module:Class`."""
+def _subject(chosen: Format, args: argparse.Namespace, weights: QuantizedWeights) -> Subject:
+    """Return what the format is given: the weights, and a model and calls of it where it takes them."""
+    from clipquant.export import Subject, as_example, find_example
+
+    if not chosen.traces:
+        return Subject(weights)
+    if args.model is None:
+        raise CommandError(
+            f"{chosen.name} is traced from the model: pass its class as --model package.module:Class."
+        )
+    model = _named(args.model, "--model")(**json.loads(args.model_args))
+    inputs = _read_inputs(args.inputs) if args.inputs else None
+    example = find_example(model) if inputs is None else as_example(inputs)
+    if not chosen.calibrates:
+        return Subject(weights, model, example)
+    if inputs is None:
+        raise CommandError(
+            f"{chosen.name} calibrates the ranges of activations on data: pass --inputs FILE.npy or "
+            ".npz with real inputs, a few hundred rows."
+        )
+    batches = [example.rows(i, i + 32) for i in range(0, example.batch_size or 1, 32)]
+    return Subject(weights, model, batches[0], calibration=batches)
+
+
+def _named(name: str, option: str) -> Any:
+    """Return what `package.module:Name` stands for."""
     place, _, attribute = name.partition(":")
     sys.path.insert(0, "")  # a script's own folder holds the user's modules
     try:
-        found = getattr(import_module(place), attribute)
+        return getattr(import_module(place), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise CommandError(f"--model {name!r} is not package.module:Class: {error}.") from error
+        raise CommandError(f"{option} {name!r} is not package.module:Class: {error}.") from error
     finally:
         sys.path.remove("")
-    return found(**arguments)
+
+
+def _format(given: str) -> Format:
+    """Return a format by its name, or one of the user's own by `package.module:Class`."""
+    from clipquant.export import Format, as_format
+
+    if ":" not in given:
+        try:
+            return as_format(given)
+        except ArgumentError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    own = _named(given, "--format")
+    made = own() if isinstance(own, type) and issubclass(own, Format) else own
+    if not isinstance(made, Format):
+        raise CommandError(
+            f"--format {given!r} is no Format: derive it from clipquant.export.Format."
+        )
+    return made
 
 
 def _read_inputs(path: str) -> Any:
@@ -82,17 +115,28 @@ def bench(args: argparse.Namespace) -> int:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
-    parser.add_argument("--model", required=True, help="its class, as package.module:Class")
+    from clipquant.export.formats import FORMATS
+
+    parser.add_argument("--model", help="its class, as package.module:Class")
     parser.add_argument(
         "--model-args", default="{}", help="the class's arguments, as a JSON object"
     )
-    parser.add_argument("--format", required=True, choices=sorted(_ENDINGS))
+    names = ", ".join(FORMATS)
+    parser.add_argument(
+        "--format", required=True, type=_format, metavar="FORMAT",
+        help=f"{names}, or one of your own as package.module:Class",
+    )  # fmt: skip
     parser.add_argument("--inputs", help=".npy or .npz of inputs; default: example_input_array")
     parser.add_argument("--output", help="the file to write; default: beside the artifact")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help=".onnx and .pt2 files")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="files of a format that runs here, as .onnx and .pt2",
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="batch sizes")
     parser.add_argument("--threads", type=int, default=1, help="threads of one operator")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from clipquant import __version__
+from clipquant._version import __version__
 from clipquant.cli.command import Command, CommandError
 from clipquant.cli.files import COMPARE, INSPECT, REPORT, VERIFY
 from clipquant.cli.formats import BENCH, EXPORT
 from clipquant.cli.trainer import TRAINER_COMMANDS, run_trainer
+from clipquant.errors import ClipquantError
 
 COMMANDS: dict[str, Command] = {
     "bench": BENCH,
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = args[show_traceback:]
     try:
         return run_trainer(args) if args and args[0] in TRAINER_COMMANDS else run_command(args)
-    except (CommandError, ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:
         told = _find_told(error)
         if show_traceback or told is None:
             raise
@@ -57,13 +59,15 @@ def run_command(args: Sequence[str]) -> int:
         return 2
     try:
         return COMMANDS[parsed.command].run(parsed)
+    except ClipquantError:
+        raise
     except OSError as error:
         raise CommandError(error) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands, those of the Trainer with their help line only."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="clipquant",
         description="Gradient clipping and weight quantization as PyTorch Lightning callbacks.",
         epilog="clipquant COMMAND --help shows the arguments of a command. "
@@ -74,24 +78,37 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     for name, command in COMMANDS.items():
-        command.add_arguments(
-            commands.add_parser(name, help=command.help, description=command.help)
-        )
+        own = commands.add_parser(name, help=command.help, description=command.help)
+        own.declare = command.add_arguments
     return parser
 
 
-def _find_told(error: BaseException | None) -> BaseException | None:
-    """Return the error of a chain of causes that this package raised, with words for the user."""
-    while error is not None and not _is_told_here(error):
-        error = error.__cause__
+class _Parser(argparse.ArgumentParser):
+    """A parser whose arguments are declared when it first parses: what they may be can take long to load."""
+
+    declare: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.declare is not None:
+            declare, self.declare = self.declare, None
+            declare(self)
+        return super().parse_known_args(args, namespace)
+
+
+def _find_told(error: BaseException | None) -> ClipquantError | None:
+    """Return the error of a chain of causes that has words for the user; None: a fault of the program's."""
+    while error is not None and not isinstance(error, ClipquantError):
+        error = _told_by_old_rooms(error) or error.__cause__
     return error
 
 
-def _is_told_here(error: BaseException) -> bool:
-    if isinstance(error, CommandError):
-        return True
+def _told_by_old_rooms(error: BaseException) -> ClipquantError | None:
+    """Return an error of a room that does not yet raise `ClipquantError` as one that is."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    home = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return str(home).split(".")[0] == "clipquant"
+    home = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
+    old = home.startswith(
+        ("clipquant.quant", "clipquant.clip", "clipquant.callbacks", "clipquant.artifact")
+    )
+    return CommandError(error) if old and isinstance(error, ValueError) else None

@@ -14,10 +14,31 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clipquant.export.example import ExportError
-from clipquant.export.record import write_whole
+from clipquant.export.parts.format import Format
+from clipquant.export.parts.record import ExportRecord
+from clipquant.export.parts.subject import Subject
+from clipquant.files import write_whole
 from clipquant.quant.codes.pack import pack
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Format):
+    """A folder with Linear layers as the compressed-tensors package reads them."""
+
+    name = "compressed-tensors"
+    suffix = ".compressed-tensors"
+    traces = False
+    opens = False
+
+    def write(self, subject: Subject, path: str | Path) -> ExportRecord:
+        written = to_pack_quantized(subject.weights, path)
+        size = sum(Path(path, name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))
+        notes = [f"written dequantized: {name} ({why})" for name, why in written.dense.items()]
+        return ExportRecord(self.name, str(path), size, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -67,10 +88,10 @@ def to_pack_quantized(weights: QuantizedWeights, out: str | Path) -> PackQuantiz
     state |= {a: state[n].clone() for a, n in weights.aliases.items() if n in state}
     folder = Path(out)
     config = json.dumps({"quantization_config": _config(packed, dense)}, indent=1)
-    write_whole(folder / "model.safetensors", safetensors.torch.save(state))
-    write_whole(folder / "config.json", config.encode())
+    write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(state))
+    write_whole(folder / CONFIG_FILE, config.encode())
     modules = tuple(name.removesuffix(".weight") for name in packed)
-    return PackQuantized(str(folder / "model.safetensors"), modules, dense)
+    return PackQuantized(str(folder / WEIGHTS_FILE), modules, dense)
 
 
 def why_dense(name: str, tensor: QuantizedTensor) -> str:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-_TARGETS = frozenset({"label", "labels", "target", "targets", "y"})
+from clipquant.errors import ArgumentError
+
+_LABELS = frozenset({"label", "labels", "target", "targets", "y"})
 _LONGEST = 300  # characters of another library's message that a report repeats
 
 
-class ExportError(ValueError):
+class ExportError(ArgumentError):
     """A model that cannot be exported: says why, and what to do."""
 
 
@@ -99,7 +101,7 @@ def find_example(
         batch: What a dataloader gives: the inputs alone, (inputs, targets), or a dict with them.
         own: Whether the model's `example_input_array` comes first.
         call: What forward was seen to be called with for the batch, which comes before what may be
-            read from it; without targets among the keywords where forward can do without.
+            read from it; without labels among the keywords where forward can do without.
 
     Raises:
         ExportError: If neither gives a call that runs.
@@ -109,7 +111,7 @@ def find_example(
     """
     given = getattr(model, "example_input_array", None) if own else None
     candidates = [] if given is None else [as_example(given)]
-    candidates += [] if call is None else [_without_targets(call), call]
+    candidates += [] if call is None else [_without_labels(call), call]
     candidates += [] if batch is None else _readings(model, batch)
     failures = []
     for candidate in candidates:
@@ -149,15 +151,15 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
     return float(torch.where(same, 0.0, (a - b).abs()).max()) if a.numel() else 0.0
 
 
-def _without_targets(call: Example) -> Example:
-    return Example(call.args, {k: v for k, v in call.kwargs.items() if k not in _TARGETS})
+def _without_labels(call: Example) -> Example:
+    return Example(call.args, {k: v for k, v in call.kwargs.items() if k not in _LABELS})
 
 
 def _readings(model: nn.Module, batch: Any) -> list[Example]:
     """Return the ways in which a batch can be the arguments of forward, the likeliest first."""
     if isinstance(batch, Mapping):
         accepted = inspect.signature(model.forward).parameters
-        inputs = {k: v for k, v in batch.items() if k in accepted and k not in _TARGETS}
+        inputs = {k: v for k, v in batch.items() if k in accepted and k not in _LABELS}
         ways = [Example((), inputs)] if inputs else []
         return [*ways, Example((), dict(batch)), Example((batch,))]
     if isinstance(batch, (tuple, list)) and batch:

@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from clipquant.export.capture import Capture, capture, quiet
 from clipquant.export.example import Example, ExportError, largest_difference, reason
-from clipquant.export.onnx_weights import emit_weight, stored_weight, stored_width
-from clipquant.export.record import ExportRecord, write_whole
+from clipquant.export.parts.capture import Capture, capture, quiet
+from clipquant.export.parts.format import Calls, Format
+from clipquant.export.parts.onnx_graph import (
+    BASE_OPSET,
+    EXTRA,
+    PACKAGES,
+    dequantized_copy,
+    name_batch,
+    output_names,
+    require_onnx,
+    strip_debug_info,
+    to_ir,
+)
+from clipquant.export.parts.onnx_weights import emit_weight, stored_weight, stored_width
+from clipquant.export.parts.record import ExportRecord
+from clipquant.export.parts.sessions import feeds, open_any, open_calls
+from clipquant.export.parts.subject import Subject
+from clipquant.files import write_whole
 from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import onnxruntime as ort
 
-BASE_OPSET = 20
 _IR_VERSION = {2: 13}  # of the file, where its integers need a later one than the exporter writes
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "onnx_ir")
 
 
-def require_onnx() -> None:
-    """Raise unless everything that an ONNX export takes is installed.
+@dataclass(frozen=True)
+class Onnx(Format):
+    """ONNX with float activations, the weights as integers of 2, 4 or 8 bits.
 
-    Raises:
-        ImportError: Naming what is missing and the extra that brings it.
+    Args:
+        opset: Version of the operator set. None: the lowest from 20 that holds the widths.
     """
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"export to ONNX needs {', '.join(missing)}, not installed here: "
-            "pip install 'clipquant[onnx]'."
-        )
+
+    opset: int | None = None
+    name = "onnx"
+    suffix = ".onnx"
+    needs = PACKAGES
+    extra = EXTRA
+
+    def write(self, subject: Subject, path: str | Path) -> ExportRecord:
+        model, example = subject.call()
+        return export_onnx(model, subject.weights, example, path, opset=self.opset)
+
+    def open(self, path: str | Path, threads: int | None = None) -> Calls:
+        return open_calls(path, threads)
 
 
 def export_onnx(
@@ -95,95 +112,6 @@ def export_onnx(
     )
 
 
-def dequantized_copy(model: nn.Module, weights: QuantizedWeights) -> nn.Module:
-    """Return a copy of `model` in eval mode that holds the dequantized weights."""
-    copied = copy.deepcopy(model).eval()
-    copied.load_state_dict(weights.state_dict())
-    return copied
-
-
-def open_session(file: bytes | str | Path, threads: int | None = None) -> ort.InferenceSession:
-    """Return an onnxruntime session that turns integer weights into floats once, when it loads.
-
-    Args:
-        file: The file's bytes or name.
-        threads: Threads of one operator; None: onnxruntime's choice.
-    """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    source = file if isinstance(file, bytes) else str(file)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-def open_any(file: str | Path, threads: int | None = None) -> ort.InferenceSession:
-    """Return a session that suits a file: computing in int8 where it quantizes activations."""
-    import onnx
-    import onnxruntime as ort
-
-    graph = onnx.load(file).graph
-    if not any(node.op_type == "QuantizeLinear" for node in graph.node):
-        return open_session(file, threads)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def feeds(session: ort.InferenceSession, example: Example) -> dict[str, np.ndarray]:
-    """Return a call's tensors under the names of a session's inputs, in their order."""
-    arrays = [tensor.detach().cpu().numpy() for tensor in example.tensors]
-    return dict(zip([i.name for i in session.get_inputs()], arrays, strict=True))
-
-
-def output_names(outputs: Any) -> list[str]:
-    """Return a name for each tensor of a model's outputs, from its keys or place.
-
-    >>> output_names(torch.ones(1)), output_names({"logits": torch.ones(1)})
-    (['output'], ['logits'])
-    """
-    leaves, _ = pytree.tree_flatten_with_path(outputs)
-    paths = [path for path, leaf in leaves if isinstance(leaf, Tensor)]
-    if len(paths) == 1 and not paths[0]:
-        return ["output"]
-    steps = [[str(getattr(k, "key", getattr(k, "idx", k))) for k in path] for path in paths]
-    return ["_".join(s if not s[0].isdigit() else ["output", *s]) for s in steps]
-
-
-def to_ir(captured: Capture, opset: int, names: list[str]) -> ir.Model:
-    """Return a captured model as torch's exporter writes it, nothing folded."""
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            captured.program,
-            (),
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=opset,
-            output_names=names,
-        )
-    if program is None:
-        raise ExportError("torch's exporter gave no model.")
-    return program.model
-
-
-def strip_debug_info(model: ir.Model) -> None:
-    """Take out the source lines and paths that the exporter leaves for those who debug it."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-
-
 def _versions(weights: QuantizedWeights, opset: int | None) -> list[int]:
     """Return the opsets to try, the one that suits the widths best first."""
     forms = [stored_weight(tensor).opset for tensor in weights.tensors.values()]
@@ -209,7 +137,7 @@ def _build(
         model.ir_version = max(model.ir_version, _IR_VERSION[2])
     strip_debug_info(model)
     if captured.dynamic:
-        _name_batch(model.graph)
+        name_batch(model.graph)
     model.producer_name = "clipquant"
     model.doc_string = (
         "Weights are integers. In onnxruntime set session.disable_quant_qdq=1, which turns them "
@@ -265,21 +193,6 @@ def _insert(graph: ir.Graph, value: ir.Value, tensor: QuantizedTensor, opset: in
     weight.name, weight.type, weight.shape = value.name, value.type, value.shape
 
 
-def _name_batch(graph: ir.Graph) -> None:
-    """Call the batch dimension `batch` instead of the number that the exporter gives it."""
-    import onnx_ir as ir
-
-    shapes = [v.shape for v in graph.inputs if v.shape is not None and len(v.shape)]
-    old = next((s[0].value for s in shapes if isinstance(s[0], ir.SymbolicDim)), "batch")
-    produced = (value for node in graph.all_nodes() for value in node.outputs)
-    for value in [*graph.inputs, *produced]:
-        if value.shape is not None:  # shapes may be shared and frozen: each value gets its own
-            sizes = [
-                size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape
-            ]
-            value.shape = ir.Shape(["batch" if size == old else size for size in sizes])
-
-
 def _widened(weights: QuantizedWeights, names: Iterable[str], opset: int) -> Iterator[str]:
     """Yield a note for each width that the file holds in more bits than the artifact."""
     wider: dict[tuple[str, int], list[str]] = {}
@@ -290,13 +203,13 @@ def _widened(weights: QuantizedWeights, names: Iterable[str], opset: int) -> Ite
             wider.setdefault(("rows of several widths", width), []).append(name)
         elif tensor.bits < width:
             wider.setdefault((f"{tensor.bits}-bit codes", width), []).append(name)
-    for (what, width), found in wider.items():
-        yield f"{what} take {width} bits each in ONNX (opset {opset}): {', '.join(found)}"
+    for (what, width), keys in wider.items():
+        yield f"{what} take {width} bits each in ONNX (opset {opset}): {', '.join(keys)}"
 
 
 def _difference(plain: nn.Module, captured: Capture, data: bytes) -> float:
     """Return how far onnxruntime's outputs lie from the model's."""
-    session = open_session(data)
+    session = open_any(data)
     check = captured.check
     actual = session.run(None, feeds(session, check))
     return largest_difference(check.run(plain), [torch.from_numpy(array) for array in actual])

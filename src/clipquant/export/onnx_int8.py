@@ -3,61 +3,62 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from clipquant.export.bench import interleaved_medians
-from clipquant.export.capture import Capture, capture, quiet
 from clipquant.export.example import Example, ExportError, largest_difference, reason
-from clipquant.export.onnx import (
+from clipquant.export.parts.capture import Capture, capture, quiet
+from clipquant.export.parts.format import Calls, Format
+from clipquant.export.parts.onnx_graph import (
     BASE_OPSET,
+    EXTRA,
+    PACKAGES,
     dequantized_copy,
-    feeds,
-    open_session,
     output_names,
     require_onnx,
     strip_debug_info,
     to_ir,
 )
-from clipquant.export.qdq import (
-    CALIBRATION,
-    QdqFile,
-    calibrate,
-    open_session_int8,
-    quantize_qdq,
-)
-from clipquant.export.record import ExportRecord, write_whole
+from clipquant.export.parts.qdq import CALIBRATION, QdqFile, activation_ranges, quantize_qdq
+from clipquant.export.parts.record import ExportRecord, Timing
+from clipquant.export.parts.sessions import feeds, open_any, open_calls, runner
+from clipquant.export.parts.subject import Forward, Judge, Judgement, Subject
+from clipquant.export.parts.timing import interleaved_medians
+from clipquant.files import write_whole
 from clipquant.quant.codes.weights import QuantizedWeights
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
 BATCHES = (1, 32)
 _ENOUGH = 0.01  # of the metric: a drop within which no other operators are tried, without max_drop
 _ENOUGH_DISTANCE = 0.1  # of the outputs' size: the same without a metric
-Forward: TypeAlias = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a file is worth.
+class OnnxInt8(Format):
+    """ONNX that computes in int8, the ranges of its activations calibrated by onnxruntime."""
 
-    Args:
-        drop: How much worse than the float model, in the units of the metric that judges.
-        metrics: Every metric that was measured.
-    """
+    name = "onnx-int8"
+    suffix = ".int8.onnx"
+    needs = PACKAGES
+    extra = EXTRA
+    calibrates = True
 
-    drop: float
-    metrics: Mapping[str, float]
+    def write(self, subject: Subject, path: str | Path) -> ExportRecord:
+        model, example = subject.call()
+        return export_onnx_int8(
+            model, subject.weights, example, path,
+            calibration=subject.calibration, judge=subject.judge, max_drop=subject.max_drop,
+        )  # fmt: skip
+
+    def open(self, path: str | Path, threads: int | None = None) -> Calls:
+        return open_calls(path, threads)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def export_onnx_int8(
     path: str | Path,
     *,
     calibration: Sequence[Example],
-    judge: Callable[[Forward], Judgement] | None = None,
+    judge: Judge | None = None,
     max_drop: float | None = None,
 ) -> ExportRecord:
     """Write an ONNX file that computes in int8 (QDQ), with ranges calibrated by onnxruntime.
@@ -128,14 +129,14 @@ def export_onnx_int8(
             enough = _ENOUGH if max_drop is None else max_drop
         chosen = _choose(source, weights, batches, outputs, judge_here, drop, enough)
         data = chosen.file.data
-        latency = _latency(source.read_bytes(), data, captured)
+        timings = _timings(source.read_bytes(), data, captured)
     write_whole(path, data)
-    session, check = open_session_int8(data), captured.check
+    session, check = open_any(data), captured.check
     actual = runner(session, outputs)(*check.args, **check.kwargs)
     by = _by_distance(chosen.judgement) if judge is None else ()
     notes = (
         *captured.notes,
-        *_notes(chosen.file, weights, latency),
+        *_notes(chosen.file, weights, timings),
         *by,
         *chosen.failures.values(),
     )
@@ -146,30 +147,8 @@ def export_onnx_int8(
         largest_difference(check.run(plain), actual),
         notes,
         chosen.judgement.metrics,
-        latency,
+        timings,
     )
-
-
-def runner(session: ort.InferenceSession, outputs: Any) -> Forward:
-    """Return a function that stands for a model's forward, run by a session.
-
-    Args:
-        session: Of the exported model.
-        outputs: Outputs of the model, whose structure is given back.
-    """
-    leaves, structure = pytree.tree_flatten(outputs)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        call = Example(args, kwargs)
-        device = call.tensors[0].device
-        given = iter(session.run(None, feeds(session, call)))
-        filled = [
-            torch.from_numpy(next(given)).to(device) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
-        ]
-        return pytree.tree_unflatten(filled, structure)
-
-    return forward
 
 
 def _float_model(captured: Capture, names: list[str]) -> bytes:
@@ -188,7 +167,7 @@ def _float_model(captured: Capture, names: list[str]) -> bytes:
     return data
 
 
-def _distance(plain: nn.Module, batches: Sequence[Example]) -> Callable[[Forward], Judgement]:
+def _distance(plain: nn.Module, batches: Sequence[Example]) -> Judge:
     """Return a judge by the relative error of the outputs, where there is no metric."""
 
     def judge(forward: Forward) -> Judgement:
@@ -209,7 +188,7 @@ def _choose(
     weights: QuantizedWeights,
     batches: Sequence[Example],
     outputs: Any,
-    judge: Callable[[Forward], Judgement],
+    judge: Judge,
     max_drop: float | None,
     enough: float,
 ) -> _Candidate:
@@ -218,17 +197,17 @@ def _choose(
     Operators without weights are left in float only where the best with all of them is not within
     `enough`.
     """
-    calibrated = cache(lambda method: calibrate(source, method, batches))
+    ranges = cache(lambda method: activation_ranges(source, method, batches))
     candidates: list[_Candidate] = []
     failures: dict[str, str] = {}
     for weighted_only in (False, True):
         for method in (method for method in CALIBRATION if method not in failures):
             try:
-                file = quantize_qdq(source, calibrated(method), weights, weighted_only)
+                file = quantize_qdq(source, ranges(method), weights, weighted_only)
             except Exception as error:  # a collector may choke on what an activation holds
                 failures[method] = f"{method} calibration failed: {reason(error)}"
                 continue
-            judgement = judge(runner(open_session_int8(file.data), outputs))
+            judgement = judge(runner(open_any(file.data), outputs))
             candidates.append(_Candidate(file, judgement, failures))
             if max_drop is not None and judgement.drop <= max_drop:
                 return candidates[-1]
@@ -243,15 +222,13 @@ def _best(candidates: Sequence[_Candidate]) -> _Candidate:
     return min(candidates, key=lambda candidate: candidate.judgement.drop)
 
 
-def _latency(plain: bytes, int8: bytes, captured: Capture) -> dict[str, float]:
-    """Return milliseconds of the float and the int8 file, and their ratio, measured in turn."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    sessions = {
-        "float": open_session(plain, threads),
-        "int8": open_session_int8(int8, threads),
-    }
-    latency: dict[str, float] = {"threads": float(threads or 1)}
+def _timings(plain: bytes, int8: bytes, captured: Capture) -> tuple[Timing, ...]:
+    """Return the latency of the int8 file beside the float one's, measured in turn."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = cores or 1
+    sessions = {"float": open_any(plain, threads), "int8": open_any(int8, threads)}
     sizes = BATCHES if captured.dynamic else (captured.example.batch_size or 1,)
+    timings = []
     for size in sizes:
         call = captured.example.resized(size) if captured.dynamic else captured.example
         calls = {
@@ -259,9 +236,8 @@ def _latency(plain: bytes, int8: bytes, captured: Capture) -> dict[str, float]:
             for name, session in sessions.items()
         }
         medians = interleaved_medians(calls)
-        latency |= {f"batch {size}, {name}, ms": ms for name, ms in medians.items()}
-        latency[f"batch {size}, ratio"] = medians["int8"] / medians["float"]
-    return latency
+        timings.append(Timing(size, medians["float"], medians["int8"], threads))
+    return tuple(timings)
 
 
 def _by_distance(judgement: Judgement) -> Iterable[str]:
@@ -271,7 +247,7 @@ def _by_distance(judgement: Judgement) -> Iterable[str]:
     )
 
 
-def _notes(file: QdqFile, weights: QuantizedWeights, latency: Mapping[str, float]) -> Iterable[str]:
+def _notes(file: QdqFile, weights: QuantizedWeights, timings: Sequence[Timing]) -> Iterable[str]:
     yield f"activation ranges by {file.method}"
     if file.weighted_only:
         yield "only operators that hold weights compute in int8: with all of them more was lost"
@@ -281,9 +257,9 @@ def _notes(file: QdqFile, weights: QuantizedWeights, latency: Mapping[str, float
             "weights that are not 8 bits, symmetric, per channel in the artifact, and tables that are "
             f"looked up, were rounded to int8 again: {', '.join(changed)}"
         )
-    for name, ratio in latency.items():
-        if name.endswith("ratio") and ratio > 1:
+    for timing in timings:
+        if timing.ratio > 1:
             yield (
-                f"WARNING: int8 is slower than float here ({name} {ratio:.2f}): use the float "
-                "ONNX file on this machine"
+                f"WARNING: int8 is slower than float here (batch {timing.batch}, ratio {timing.ratio:.2f}): use "
+                "the float ONNX file on this machine"
             )

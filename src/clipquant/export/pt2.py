@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from clipquant.export.capture import capture, quiet
 from clipquant.export.example import Example, largest_difference
-from clipquant.export.record import ExportRecord, write_whole
+from clipquant.export.parts.capture import capture, quiet
+from clipquant.export.parts.format import Calls, Format
+from clipquant.export.parts.record import ExportRecord
+from clipquant.export.parts.subject import Subject
+from clipquant.files import write_whole
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.packed.modules import packed_copy
+
+
+@dataclass(frozen=True)
+class Pt2(Format):
+    """A `torch.export` program, the weights as packed bytes of any width."""
+
+    name = "pt2"
+    suffix = ".pt2"
+
+    def write(self, subject: Subject, path: str | Path) -> ExportRecord:
+        model, example = subject.call()
+        return export_pt2(model, subject.weights, example, path)
+
+    def open(self, path: str | Path, threads: int | None = None) -> Calls:
+        program = torch.export.load(path)
+        module = program.module()
+        args, kwargs = program.example_inputs or ((), {})
+        example = Example(args, kwargs)
+        fixed = not program.range_constraints
+
+        def make(batch: int) -> Callable[[], Any] | None:
+            if fixed and batch != example.batch_size:
+                return None
+            return partial(example.resized(batch).run, module)
+
+        return make
 
 
 def export_pt2(
@@ -40,10 +73,11 @@ def export_pt2(
 
     >>> from tempfile import TemporaryDirectory
     >>> from clipquant.quant.quantize import quantize_weights
+    >>> from clipquant.quant.recipe import Recipe
     >>> layer = nn.Linear(64, 32)
     >>> with TemporaryDirectory() as folder:
     ...     example = Example((torch.zeros(1, 64),))
-    ...     export_pt2(layer, quantize_weights(layer, 4), example, f"{folder}/a.pt2").difference
+    ...     export_pt2(layer, quantize_weights(layer, Recipe(4)), example, f"{folder}/a.pt2").difference
     0.0
     """
     packed = packed_copy(model, weights)

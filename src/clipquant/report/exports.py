@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +31,16 @@ def _row(export: Mapping[str, Any], monitor: str | None) -> tuple[str, ...]:
 def latencies(export: Mapping[str, Any]) -> tuple[str, str]:
     """Return an export's milliseconds and those of the float model, each with its batch size.
 
-    >>> latencies({"latency": {"threads": 2.0, "batch 1, float, ms": 0.72, "batch 1, int8, ms": 0.3}})
+    >>> latencies({"timings": [{"batch": 1, "float_ms": 0.72, "own_ms": 0.3, "threads": 2}]})
     ('0.300 (batch 1)', '0.720 (batch 1)')
     """
-    own: list[str] = []
-    other: list[str] = []
-    for name, value in export["latency"].items():
-        found = re.fullmatch(r"(batch \d+), (\w+), ms", name)
-        if found:
-            (other if found[2] == "float" else own).append(f"{value:.3f} ({found[1]})")
-    return ", ".join(own), ", ".join(other)
+
+    def listed(key: str) -> str:
+        return ", ".join(
+            f"{timing[key]:.3f} (batch {timing['batch']})" for timing in export["timings"]
+        )
+
+    return listed("own_ms"), listed("float_ms")
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ def _written(export: Mapping[str, Any]) -> tuple[str, ...]:
         lines.append(
             f"outputs within {export['difference']:.3g} of the quantized model's on the example input"
         )
-    threads = export["latency"].get("threads")
-    if threads:
-        on = counted(threads, "thread")
+    for timing in export["timings"][:1]:
+        on = counted(timing["threads"], "thread")
         lines.append(f"latency: medians in onnxruntime with {on}, both files in turn")
     return (*lines, *export["notes"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipquant.quant.codes.grid import Grid, dequantize_rows, row_chunks
 from clipquant.quant.codes.pack import packed_bytes
-from clipquant.quant.codes.tensor import QuantizedTensor, grid_of
+from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.report.record import Histogram, LayerRecord
 
@@ -90,24 +90,22 @@ def bits_per_weight(tensors: Iterable[QuantizedTensor]) -> float:
     return 8 * sum(map(stored_bytes, tensors)) / max(sum(t.numel for t in tensors), 1)
 
 
-def sqnr_db(weight: Tensor, quantized: Tensor) -> float:
-    """Return 10 log10(sum w^2 / sum (w - w_q)^2) in dB.
-
-    >>> import torch
-    >>> round(sqnr_db(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.8])), 2)
-    20.0
-    """
-    return _decibels(_energy(weight), _energy(weight.double() - quantized.double()))
-
-
 def sqnr_of(weight: Tensor, tensor: QuantizedTensor) -> float:
-    """Return `sqnr_db` of a weight and what it was quantized to, a few rows in memory at a time.
+    """Return 10 log10(sum w^2 / sum (w - w_q)^2) in dB, a few rows in memory at a time.
 
     Args:
         weight: The float weight.
         tensor: What it was quantized to.
+
+    Returns:
+        Infinity where nothing was lost; minus infinity where an empty signal was.
+
+    >>> from clipquant.quant.codes.ranges import quantize_weight
+    >>> from clipquant.quant.codes.spec import QuantSpec
+    >>> sqnr_of(torch.ones(2, 3), quantize_weight(torch.ones(2, 3), QuantSpec(8)))
+    inf
     """
-    matrix, grid = tensor.layout.fold(weight.detach()), grid_of(tensor)
+    matrix, grid = tensor.layout.fold(weight.detach()), tensor.grid
     signal = noise = 0.0
     for start, stop in row_chunks(*tensor.codes.shape):
         rows = matrix[start:stop]
@@ -159,7 +157,7 @@ def typical_levels(tensor: QuantizedTensor) -> tuple[tuple[float, ...], int]:
     row = _typical_row(tensor)
     bits = int(tensor.bits[row]) if isinstance(tensor.bits, Tensor) else tensor.bits
     steps = tensor.levels if tensor.levels is not None else (1 << bits) - 1
-    grid = grid_of(tensor)
+    grid = tensor.grid
     zero = None if grid.zero is None else _pick(grid.zero, row)
     one = Grid(_pick(grid.scale, row), zero, steps, steps + 1)
     codes = torch.arange(steps + 1, dtype=torch.uint8)[None]

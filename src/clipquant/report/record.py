@@ -139,7 +139,7 @@ class QuantizationReport:
         calibration: Which data the quantizer saw, in words.
         latency: Before and after, where it was measured.
         exports: What each further file came to: format, path, bytes, difference, notes, metrics,
-            latency and error.
+            timings, error, and latency, which is the timings under names of their own.
         failures: What could not be done when the fit ended, what was done instead, and the remedy.
     """
 

@@ -1,4 +1,4 @@
-"""The allocation: exact sizes, the best of all at its size, bisection that ends on what held."""
+"""The allocation: exact sizes, the best of all at its size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clipquant.quant.widths.frontier import Choices, frontier, smallest_that_holds
+from clipquant.quant.widths.frontier import Choices, frontier
 
 
 def losses(rows: int, seed: int) -> Tensor:
@@ -62,23 +62,3 @@ def test_dead_rows_get_no_bits_and_given_widths_stay() -> None:
     assert edge.least_bytes == 3 * 5
     with pytest.raises(ValueError, match="at least 15 bytes; got 14"):
         edge.fill(14)
-
-
-@given(st.integers(1, 300), st.integers(0, 320), st.integers(2, 10))
-def test_bisection_is_short_and_ends_on_what_held(count: int, first: int, trials: int) -> None:
-    calls = []
-
-    def holds(size: int) -> bool:
-        calls.append(size)
-        return size >= first
-
-    found = smallest_that_holds(holds, range(count), trials)
-    assert len(calls) <= trials
-    assert len(set(calls)) == len(calls)
-    if found.size is None:
-        assert first > count - 1
-    else:
-        assert found.size >= first
-        assert found.size in calls
-    if trials == 10:
-        assert found.size == (first if first < count else None)

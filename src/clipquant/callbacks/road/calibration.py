@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from clipquant.callbacks.road.data import (
     Listed,
     Mode,
@@ -17,6 +19,7 @@ from clipquant.callbacks.road.data import (
 from clipquant.callbacks.road.judge import watched
 from clipquant.callbacks.road.road import Road
 from clipquant.quant.network.calibration import EndLoop, Visit
+from clipquant.quant.network.state import kept, seeded
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,18 @@ class Prepared:
     Args:
         step: The guest's own `validation_step`, or its `forward` where there is none.
         args: What the step gets.
+        number: Of the batch, which seeds what the step draws.
     """
 
     step: Callable[..., Any]
     args: tuple[Any, ...]
+    number: int = 0
 
 
-def run_prepared(_model: Any, prepared: Prepared) -> Any:
-    """Run the guest's step on a prepared batch; the model is always the guest."""
-    return prepared.step(*prepared.args)
+def run_prepared(guest: nn.Module, prepared: Prepared) -> Any:
+    """Run the guest's step on a prepared batch: from the same state and on the same noise each time."""
+    with kept(guest), seeded(prepared.number):
+        return prepared.step(*prepared.args)
 
 
 def loop_on(road: Road) -> Callable[[Sequence[Any], Sequence[int], Visit], None]:
@@ -48,7 +54,7 @@ def loop_on(road: Road) -> Callable[[Sequence[Any], Sequence[int], Visit], None]
             if listed.ended:
                 return
             try:
-                visit(order[place], Prepared(own, args))
+                visit(order[place], Prepared(own, args, order[place]))
             except EndLoop:
                 listed.ended = True
 
@@ -120,7 +126,7 @@ def find_batches(road: Road, count: int) -> Found:
                 continue
             try_batches(road, batches)
             return Found(batches, f"{len(batches)} batches of {source.what}", tuple(refused))
-        except Exception as error:  # noqa: PERF203 - whatever a user's step or loader raises
+        except Exception as error:
             refused.append(f"{source.what}: {type(error).__name__}: {error}")
     raise CalibrationError("; ".join(_unique(refused)))
 
@@ -148,7 +154,7 @@ class CalibrationError(RuntimeError):
 
 def try_batches(road: Road, batches: Sequence[Any]) -> None:
     """Run the guest's step on the first of some batches; raises what it raises."""
-    loop_on(road)(batches, [0], lambda _, prepared: run_prepared(None, prepared))
+    loop_on(road)(batches, [0], lambda _, prepared: run_prepared(road.guest, prepared))
 
 
 def _unique(items: Sequence[str]) -> Iterator[str]:

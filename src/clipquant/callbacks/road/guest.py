@@ -101,9 +101,11 @@ def _detached(module: nn.Module) -> dict[int, Tensor]:
     """Return copies of the tensors in a module's attributes that `copy.deepcopy` refuses: parts of a graph."""
     found: dict[int, Tensor] = {}
     for thing in things_of(module):
-        held = thing if isinstance(thing, (list, tuple)) else ()
-        held = thing.values() if isinstance(thing, dict) else held
-        held = vars(thing).values() if isinstance(thing, nn.Module) else held
+        held: Any = thing if isinstance(thing, (list, tuple)) else ()
+        if isinstance(thing, dict):
+            held = thing.values()
+        elif isinstance(thing, nn.Module):
+            held = vars(thing).values()
         graphs = (item for item in list(held) if isinstance(item, Tensor) and not item.is_leaf)
         found.update({id(item): item.detach().clone() for item in graphs})
     return found

@@ -44,7 +44,12 @@ class _Host(Callback):
 
 @contextmanager
 def nested_trainer(
-    trainer: pl.Trainer, silence: Silence, *, limit: Any = 1.0, bar: bool = False, hooks: bool = True
+    trainer: pl.Trainer,
+    silence: Silence,
+    *,
+    limit: Any = 1.0,
+    bar: bool = False,
+    hooks: bool = True,
 ) -> Iterator[pl.Trainer]:
     """Yield a Trainer that validates by itself, writes nothing, and knows what the outer one knows.
 
@@ -113,7 +118,9 @@ def _stand_where_(inner: pl.Trainer, trainer: pl.Trainer) -> None:
     inner.callback_metrics.update(trainer.callback_metrics)
     inner.strategy.teardown = partial(_teardown, inner.strategy, inner.strategy.teardown)  # type: ignore[method-assign]
     for name in ("max_batches", "_combined_loader"):
-        with suppress(AttributeError):  # private to Lightning, for user code that asks how long an epoch is
+        with suppress(
+            AttributeError
+        ):  # private to Lightning, for user code that asks how long an epoch is
             setattr(inner.fit_loop, name, getattr(trainer.fit_loop, name))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from clipquant.callbacks.lightning import is_overridden
-from clipquant.callbacks.road.guest import Probe, guest_of
+from clipquant.callbacks.road.guest import guest_of
 from clipquant.callbacks.road.nested import nested_trainer
 from clipquant.callbacks.road.ranks import alone
 from clipquant.callbacks.road.silence import Silence, silently

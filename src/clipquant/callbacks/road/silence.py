@@ -39,7 +39,9 @@ class Silence:
     def __init__(self, trainer: pl.Trainer) -> None:
         dummy = package_of(trainer).loggers.logger.DummyLogger
         self.loggers = [_silent(logger, dummy) for logger in trainer.loggers]
-        self.stand_ins: list[tuple[Any, Any]] = list(zip(trainer.loggers, self.loggers, strict=True))
+        self.stand_ins: list[tuple[Any, Any]] = list(
+            zip(trainer.loggers, self.loggers, strict=True)
+        )
         for logger, silent in tuple(self.stand_ins):
             with suppress(Exception):  # a logger without a handle
                 self.stand_ins.append((logger.experiment, silent.experiment))
@@ -99,7 +101,7 @@ def _silent(logger: Any, dummy: type) -> Any:
     class Silent(dummy):  # type: ignore[misc]
         """Takes whatever is logged and keeps none of it."""
 
-        name = property(lambda _: _plain(logger, "name", ""))  # noqa: A003
+        name = property(lambda _: _plain(logger, "name", ""))
         version = property(lambda _: _plain(logger, "version", ""))
         save_dir = property(lambda _: _plain(logger, "save_dir", None))
 

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from clipquant.errors import ArgumentError, RunError
+
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]  # runs the model on a batch as it was visited
 Progress: TypeAlias = Callable[[str, int, int], None]  # weight's name, steps done, steps in all
 Visit: TypeAlias = Callable[
@@ -110,19 +112,21 @@ def calibration_data(data: Iterable[Any], count: int) -> list[Any]:
     [1, 2]
     """
     if count != int(count) or count < 0:
-        raise ValueError(f"calibration_batches must be a whole number, 0 or more; got {count!r}.")
+        raise ArgumentError(
+            f"calibration_batches must be a whole number, 0 or more; got {count!r}."
+        )
     batches: list[Any] = []
     if count == 0:
         return batches
     try:
         batches.extend(islice(iter(data), count))
     except Exception as error:
-        raise RuntimeError(
+        raise RunError(
             f"calibration needs {count} batches, but the data raised at batch {len(batches)}: "
             f"{type(error).__name__}: {error}. Mend the loader, or ask for calibration_batches=0."
         ) from error
     if not batches:
-        raise ValueError(
+        raise ArgumentError(
             f"calibration needs batches (calibration_batches={count}); the data gave none. "
             "Pass data that is not empty (an iterator gives its batches only once), or "
             "calibration_batches=0 for a data-free method."

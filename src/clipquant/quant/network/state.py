@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -100,7 +101,7 @@ def _device_states() -> list[Undo]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             state = torch.cuda.get_rng_state(index)
-            found.append(lambda state=state, index=index: torch.cuda.set_rng_state(state, index))
+            found.append(partial(torch.cuda.set_rng_state, state, index))
     if torch.backends.mps.is_available():
         own = torch.mps.get_rng_state()
         found.append(lambda: torch.mps.set_rng_state(own))
@@ -168,7 +169,10 @@ def _is_numpy(thing: Any, *names: str) -> bool:
 
 def _is_state(item: Any) -> bool:
     if isinstance(item, Tensor):
-        return not (isinstance(item, nn.Parameter) or item.requires_grad) and item.layout == torch.strided
+        return (
+            not (isinstance(item, nn.Parameter) or item.requires_grad)
+            and item.layout == torch.strided
+        )
     if isinstance(item, _CONTAINERS) or _is_leaf(item):
         return True
     return hasattr(item, "__dict__") and type(item).__module__.partition(".")[0] not in _FOREIGN
@@ -179,22 +183,21 @@ def _undo(thing: Any) -> Iterator[Undo]:
     if isinstance(thing, Tensor):
         yield _undo_tensor(thing)
     elif isinstance(thing, dict):
-        held = dict(thing)
-        yield lambda: (thing.clear(), thing.update(held))
-    elif isinstance(thing, list):
-        items = list(thing)
-        yield lambda: thing.__setitem__(slice(None), items)
+        yield partial(_refill, thing, thing.update, dict(thing))
     elif isinstance(thing, set):
-        members = set(thing)
-        yield lambda: (thing.clear(), thing.update(members))
-    elif isinstance(thing, deque):
-        queue = list(thing)
-        yield lambda: (thing.clear(), thing.extend(queue))
+        yield partial(_refill, thing, thing.update, set(thing))
+    elif isinstance(thing, (list, deque)):
+        yield partial(_refill, thing, thing.extend, list(thing))
     elif _is_leaf(thing):
         yield _undo_numbers(thing)
     elif not isinstance(thing, (tuple, frozenset)):
-        own, attributes = vars(thing), dict(vars(thing))
-        yield lambda: (own.clear(), own.update(attributes))
+        own = vars(thing)
+        yield partial(_refill, own, own.update, dict(own))
+
+
+def _refill(container: Any, add: Callable[[Any], object], items: Any) -> None:
+    container.clear()
+    add(items)
 
 
 def _undo_tensor(tensor: Tensor) -> Undo:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.codes.grid import Grid, dequantize_rows, symmetric_zero
+from clipquant.quant.codes.grid import Coded, Grid, dequantize_rows, row_levels, symmetric_zero
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.pack import pack, packed_bytes, unpack
 from clipquant.quant.codes.tensor import QuantizedTensor
@@ -23,22 +23,16 @@ class PackedTensor:
 
     Args:
         data: uint8 (bytes,), as `pack` makes them.
-        scale: Floating (rows or 1, groups): the step of the grid.
-        zero: Like `scale`: the possibly fractional code of 0.0. None: symmetric.
+        grid: The values that the codes stand for.
         bits: Width of a code, or uint8 (rows,) where each row has its own, 0 to 8.
-        levels: Steps of the grid where all rows share them; None with a bits vector.
-        group_size: Neighbouring columns that share a scale.
         layout: How the matrix folds back into the weight.
         dtype: Floating dtype of the weight.
         method: Name of the method that chose the codes.
     """
 
     data: Tensor
-    scale: Tensor
-    zero: Tensor | None
+    grid: Grid
     bits: int | Tensor
-    levels: int | None
-    group_size: int
     layout: Layout
     dtype: torch.dtype
     method: str = "rtn"
@@ -52,20 +46,19 @@ class PackedTensor:
 def pack_tensor(tensor: QuantizedTensor) -> PackedTensor:
     """Return a quantized weight with its codes packed.
 
-    >>> from clipquant.quant.codes.ranges import quantize_weight
-    >>> from clipquant.quant.codes.spec import QuantSpec
-    >>> tensor = quantize_weight(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), QuantSpec(2))
-    >>> pack_tensor(tensor).data
+    >>> grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 3, 4)
+    >>> coded = Coded(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), grid)
+    >>> pack_tensor(QuantizedTensor(coded, 2, Layout((1, 4)), torch.float32)).data
     tensor([228], dtype=torch.uint8)
     """
-    fields = {**vars(tensor)}
-    return PackedTensor(pack(fields.pop("codes"), tensor.bits), **fields)
+    data = pack(tensor.codes, tensor.bits)
+    return PackedTensor(data, tensor.grid, tensor.bits, tensor.layout, tensor.dtype, tensor.method)
 
 
 def unpack_tensor(packed: PackedTensor) -> QuantizedTensor:
     """Return a packed weight with its codes unpacked: the inverse of `pack_tensor`."""
-    fields = {**vars(packed)}
-    return QuantizedTensor(unpack(fields.pop("data"), packed.bits, packed.shape), **fields)
+    coded = Coded(unpack(packed.data, packed.bits, packed.shape), packed.grid)
+    return QuantizedTensor(coded, packed.bits, packed.layout, packed.dtype, packed.method)
 
 
 class PackedWeight(nn.Module):
@@ -80,10 +73,9 @@ class PackedWeight(nn.Module):
     Args:
         packed: The weight.
 
-    >>> from clipquant.quant.codes.ranges import quantize_weight
-    >>> from clipquant.quant.codes.spec import QuantSpec
-    >>> tensor = quantize_weight(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), QuantSpec(2))
-    >>> PackedWeight(pack_tensor(tensor))()
+    >>> grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 3, 4)
+    >>> data = torch.tensor([228], dtype=torch.uint8)
+    >>> PackedWeight(PackedTensor(data, grid, 2, Layout((1, 4)), torch.float32))()
     tensor([[0., 1., 2., 3.]])
     """
 
@@ -93,13 +85,15 @@ class PackedWeight(nn.Module):
 
     def __init__(self, packed: PackedTensor) -> None:
         super().__init__()
-        self.layout, self.levels, self.group_size = packed.layout, packed.levels, packed.group_size
+        levels, self.layout = packed.grid.levels, packed.layout
+        self.levels = levels if isinstance(levels, int) else None
+        self.group_size = packed.grid.group_size
         self.dtype, self.method = packed.dtype, packed.method
         blocks, order = _by_width(packed)
         self.rows = {bits: rows for bits, (rows, _) in blocks.items()}
         for bits, (_, data) in blocks.items():
             self.register_buffer(f"codes{bits}", data)
-        self.register_buffer("scale", packed.scale)
+        self.register_buffer("scale", packed.grid.scale)
         self.register_buffer("zero", _explicit_zero(packed))
         self.register_buffer("order", order)
 
@@ -239,8 +233,7 @@ def _by_width(packed: PackedTensor) -> tuple[dict[int, tuple[int, Tensor]], Tens
 
 def _explicit_zero(packed: PackedTensor) -> Tensor | None:
     """Return the grid's zero; rows of different widths have different middles, so name them."""
-    if packed.zero is not None or not isinstance(packed.bits, Tensor):
-        return packed.zero
-    levels = 2 ** packed.bits.to(torch.int64) - 1
-    zero = torch.as_tensor(symmetric_zero(levels)).to(packed.scale.dtype)
-    return zero.unsqueeze(1)
+    grid = packed.grid
+    if grid.zero is not None or not isinstance(packed.bits, Tensor):
+        return grid.zero
+    return torch.as_tensor(symmetric_zero(row_levels(packed.bits))).to(grid.scale.dtype)

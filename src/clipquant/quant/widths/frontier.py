@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from clipquant.quant.codes.spec import MAX_BITS
 
 WIDTHS = MAX_BITS + 1  # 0 to 8 bits
-MAX_TRIALS = 10
 
 
 @dataclass(frozen=True)
@@ -172,46 +171,3 @@ def _steepest(
     slope = torch.where((cost > 0) & allowed, saved / cost, -math.inf)
     best = slope.max(dim=1)
     return best.indices, best.values
-
-
-@dataclass(frozen=True)
-class Found:
-    """The outcome of a search for the smallest size that holds.
-
-    Args:
-        size: The smallest size that was tried and held; None where none did.
-        tried: Every size tried -> whether it held, in order.
-    """
-
-    size: int | None
-    tried: Mapping[int, bool]
-
-
-def smallest_that_holds(
-    holds: Callable[[int], bool], sizes: Sequence[int], trials: int = MAX_TRIALS
-) -> Found:
-    """Return the smallest of `sizes` that holds, by bisection with at most `trials` calls.
-
-    The metric need not be monotone: what is returned was itself tried and held.
-
-    Args:
-        holds: Judges a size.
-        sizes: Rising, without repeats.
-        trials: Most calls.
-
-    >>> smallest_that_holds(lambda size: size >= 70, range(1, 101)).size
-    70
-    """
-    tried: dict[int, bool] = {}
-    low, high = -1, len(sizes)  # sizes[low] fails, sizes[high] holds
-    while high - low > 1 and len(tried) < trials:
-        middle = (low + high) // 2
-        last = len(tried) == trials - 1
-        if last and high == len(sizes):
-            middle = high - 1  # nothing has held: the last word is the largest's
-        tried[sizes[middle]] = holds(sizes[middle])
-        if tried[sizes[middle]]:
-            high = middle
-        else:
-            low = middle
-    return Found(sizes[high] if high < len(sizes) else None, tried)

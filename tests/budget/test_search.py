@@ -6,10 +6,8 @@ import copy
 import math
 import re
 import threading
-import webbrowser
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 import lightning.pytorch as pl
 import pytest
@@ -22,7 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clipquant import QuantizeOnFitEnd, load_quantized, quantize
 from clipquant.budget import BudgetError, size_in_bytes
-from clipquant.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +104,6 @@ def test_bad_budgets_are_told_with_the_remedy(problem: Any) -> None:
         quantize(model, 4, max_size=9000)
     with pytest.raises(ValueError, match="granularity='tensor'"):
         quantize(model, "auto", max_size=9000, data=data, granularity="tensor")
-
-
-def test_sizes_are_read_in_any_spelling() -> None:
-    for text in ("300kB", "300 kb", "300KB", " 300 k ", "300000", "0.3 MB"):
-        assert size_in_bytes(text, 0) == 300_000
-    assert size_in_bytes("1KiB", 0) == 1024
 
 
 class Lit(pl.LightningModule):
@@ -303,36 +294,3 @@ def test_trials_whose_metric_is_nan_do_not_hold(problem: Any) -> None:
     )
     assert not made.report.budget.met
     assert "no allocation keeps the drop of score within 0.1" in made.report.budget.failure
-
-
-def test_the_command_line_reports_and_compares_from_files_alone(
-    problem: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, data, score = problem
-    auto = quantize(model, "auto", max_size=6000, data=data, score=score).save(
-        tmp_path / "a.safetensors"
-    )
-    plain = quantize(model, 8).save(tmp_path / "b.safetensors")
-    assert main(["report", str(auto)]) == 0
-    out = capsys.readouterr().out
-    assert "Budget met" in out
-    assert "score (monitored)" in out
-    assert main(["report", str(auto), "--html", str(tmp_path / "a.html")]) == 0
-    assert "The search for the budget" in (tmp_path / "a.html").read_text()
-    opened: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) is None)
-    assert main(["report", str(auto), "--open"]) == 0
-    assert main(["report", str(auto), "--html", str(tmp_path / "b.html"), "--open"]) == 0
-    pages = [Path(unquote(urlparse(url).path)) for url in opened]
-    assert pages[1] == tmp_path / "b.html"
-    assert all("The search for the budget" in page.read_text() for page in pages)
-    monkeypatch.setattr(webbrowser, "open", lambda url: False)
-    capsys.readouterr()
-    assert main(["report", str(auto), "--html", str(tmp_path / "b.html"), "--open"]) == 1
-    assert f"open {tmp_path / 'b.html'} yourself" in capsys.readouterr().err
-    assert main(["compare", str(auto), str(plain)]) == 0
-    assert f"{plain.stat().st_size:,}" in capsys.readouterr().out
-    assert main(["report", str(tmp_path / "none")]) == 1

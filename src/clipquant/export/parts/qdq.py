@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from clipquant.export.capture import quiet
 from clipquant.export.example import Example
-from clipquant.export.onnx import feeds
+from clipquant.export.parts.capture import quiet
+from clipquant.export.parts.sessions import feeds, open_any
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime as ort
 
 CALIBRATION = ("MinMax", "Percentile", "Entropy")
 
@@ -40,20 +39,8 @@ class QdqFile:
     kept: frozenset[str]
 
 
-def open_session_int8(file: bytes | str | Path, threads: int | None = None) -> ort.InferenceSession:
-    """Return an onnxruntime session that computes in int8 where the file says so."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    source = file if isinstance(file, bytes) else str(file)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
 @dataclass(frozen=True)
-class Calibration:
+class ActivationRanges:
     """Ranges of a float file's activations.
 
     Args:
@@ -67,7 +54,7 @@ class Calibration:
     fed: Mapping[str, np.ndarray]
 
 
-def calibrate(source: Path, method: str, batches: Sequence[Example]) -> Calibration:
+def activation_ranges(source: Path, method: str, batches: Sequence[Example]) -> ActivationRanges:
     """Return the range of each activation of a float ONNX file, seen batch after batch.
 
     Args:
@@ -78,7 +65,7 @@ def calibrate(source: Path, method: str, batches: Sequence[Example]) -> Calibrat
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
 
-    session = open_session_int8(source)
+    session = open_any(source)
     given = [feeds(session, batch) for batch in batches]
     with quiet():
         calibrator = create_calibrator(
@@ -88,17 +75,20 @@ def calibrate(source: Path, method: str, batches: Sequence[Example]) -> Calibrat
         )
         for fed in given:  # the collectors stack the batches of one call, which may differ in size
             calibrator.collect_data(_reader([fed]))
-        return Calibration(method, calibrator.compute_data(), given[0])
+        return ActivationRanges(method, calibrator.compute_data(), given[0])
 
 
 def quantize_qdq(
-    source: Path, calibration: Calibration, weights: QuantizedWeights, weighted_only: bool = False
+    source: Path,
+    activations: ActivationRanges,
+    weights: QuantizedWeights,
+    weighted_only: bool = False,
 ) -> QdqFile:
     """Return a float ONNX file in QDQ form.
 
     Args:
         source: The float file; others are written beside it.
-        calibration: Ranges of its activations.
+        activations: The ranges of its activations.
         weights: The artifact's, whose codes are kept where the form can hold them.
         weighted_only: Leave operators without weights in float.
     """
@@ -112,7 +102,7 @@ def quantize_qdq(
         quantize_static(
             source,
             target,
-            _reader([calibration.fed]),  # names what is calibrated; the ranges are given
+            _reader([activations.fed]),  # names what is calibrated; the ranges are given
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -120,10 +110,10 @@ def quantize_qdq(
             nodes_to_quantize=list(_weighted(graph)) if weighted_only else None,
             extra_options={
                 "WeightSymmetric": True,
-                "TensorQuantOverrides": _activations(calibration.ranges) | scales,
+                "TensorQuantOverrides": _activations(activations.ranges) | scales,
             },
         )
-    return QdqFile(calibration.method, weighted_only, target.read_bytes(), kept)
+    return QdqFile(activations.method, weighted_only, target.read_bytes(), kept)
 
 
 def _weighted(graph: onnx.GraphProto) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""What formats are made of: the call, the graph, the record; no format is known here."""

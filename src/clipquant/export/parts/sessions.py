@@ -1,0 +1,116 @@
+"""ONNX files in onnxruntime: a session that suits the file, its inputs, its outputs in the model's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from clipquant.export.example import Example, ExportError
+from clipquant.export.parts.format import Calls
+from clipquant.export.parts.subject import Forward
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime as ort
+
+_KINDS: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+
+
+def open_any(file: bytes | str | Path, threads: int | None = None) -> ort.InferenceSession:
+    """Return an onnxruntime session that suits a file.
+
+    Where a file quantizes activations it computes in int8. Else its integer weights are turned into
+    floats once, when it is opened.
+
+    Args:
+        file: The file's bytes or name.
+        threads: Threads of one operator; None: onnxruntime's choice.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not any(node.op_type == "QuantizeLinear" for node in _graph(file).node):
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    source = file if isinstance(file, bytes) else str(file)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _graph(file: bytes | str | Path) -> onnx.GraphProto:
+    import onnx
+
+    model = onnx.load_from_string(file) if isinstance(file, bytes) else onnx.load(file)
+    return model.graph
+
+
+def open_calls(path: str | Path, threads: int | None = None) -> Calls:
+    """Return what runs a file on zeros of a batch size.
+
+    Args:
+        path: Name of the file.
+        threads: Threads of one operator.
+
+    Raises:
+        ExportError: When asked for a call of a file that leaves another size than the batch open.
+    """
+    session = open_any(path, threads)
+
+    def make(batch: int) -> Callable[[], Any] | None:
+        fed = {}
+        for given in session.get_inputs():
+            first, *rest = given.shape or [None]
+            if any(not isinstance(size, int) for size in rest):
+                raise ExportError(
+                    f"{path} leaves more than the batch open: {given.name} {given.shape}."
+                )
+            if isinstance(first, int) and first != batch:
+                return None
+            shape = [batch, *rest] if given.shape else []
+            fed[given.name] = np.zeros(shape, _KINDS[given.type])
+        return partial(session.run, None, fed)
+
+    return make
+
+
+def feeds(session: ort.InferenceSession, example: Example) -> dict[str, np.ndarray]:
+    """Return a call's tensors under the names of a session's inputs, in their order."""
+    arrays = [tensor.detach().cpu().numpy() for tensor in example.tensors]
+    return dict(zip([i.name for i in session.get_inputs()], arrays, strict=True))
+
+
+def runner(session: ort.InferenceSession, outputs: Any) -> Forward:
+    """Return a function that stands for a model's forward, run by a session.
+
+    Args:
+        session: Of the exported model.
+        outputs: Outputs of the model, whose structure is given back.
+    """
+    leaves, structure = pytree.tree_flatten(outputs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = Example(args, kwargs)
+        device = call.tensors[0].device
+        given = iter(session.run(None, feeds(session, call)))
+        filled = [
+            torch.from_numpy(next(given)).to(device) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ]
+        return pytree.tree_unflatten(filled, structure)
+
+    return forward
