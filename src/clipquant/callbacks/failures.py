@@ -22,12 +22,14 @@ class Failure:
         error: What was raised.
         instead: What happens instead.
         remedy: What the user can do.
+        fatal: Whether what was asked for cannot come about at all, so that training is not worth it.
     """
 
     step: str
     error: str
     instead: str
     remedy: str
+    fatal: bool = False
 
     def __str__(self) -> str:
         return f"{self.step} failed ({self.error}); {self.instead}. {self.remedy}"

@@ -110,14 +110,13 @@ class FitEnd:
     def _judged(
         self, road: Road, state: Mapping[str, Tensor] | None, which: str
     ) -> dict[str, float]:
-        metrics: dict[str, float] = {}
         with self.failures.step(
             f"judging the {which} weights",
             f"the report has no {which} metrics",
             "Run trainer.validate(module) to see the error by itself.",
         ):
-            metrics = judge(road, state)
-        return metrics
+            return judge(road, state)
+        return {}
 
     def _batches(self, road: Road) -> Found | None:
         """Return calibration batches; without any that can be run, weights are quantized without data."""

@@ -40,22 +40,22 @@ def climb_down(
         failures: Gets each failure.
         line: The line of code that does it later.
     """
-    for number, rung in enumerate(rungs):
+    errors: list[str] = []
+    made: QuantizedModel | None = None
+    while made is None and len(errors) < len(rungs):
         try:
             with kept(guest, parameters=True), seeded(0):
-                return rung.run()
+                made = rungs[len(errors)].run()
         except Exception as error:  # whatever user code that a method runs raises
-            last = number == len(rungs) - 1
-            instead = (
-                f"{rungs[number + 1].what} comes next" if not last else "nothing was quantized"
-            )
-            remedy = (
-                f"The module keeps its float weights; later: {line()}"
-                if last
-                else "Mend it and quantize anew from a checkpoint, or ask for that at once."
-            )
-            failures.add_(Failure(rung.what, f"{type(error).__name__}: {error}", instead, remedy))
-    return None
+            errors.append(f"{type(error).__name__}: {error}")
+    if errors:
+        instead, remedy = "nothing was quantized", f"Later: {line()}"
+        if made is not None:
+            instead = f"{rungs[len(errors)].what} was done instead"
+            remedy = "Mend it and quantize anew from a checkpoint, or ask for that at once."
+        said = "; ".join(dict.fromkeys(errors))
+        failures.add_(Failure(rungs[0].what, said, instead, remedy))
+    return made
 
 
 def data_free_rungs(

@@ -154,7 +154,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self.report = self.artifact_path = self._floats = None
         self._ended = False
         self._rehearsed = trainer.num_sanity_val_steps == 0  # a dry run among them
-        check_others(trainer, self, _quantizers(trainer))
+        check_others(self, _quantizers(trainer))
         check_installed(self.settings.export)
         refuse_shards(trainer)
         if self.settings.weights == "best":
@@ -191,6 +191,9 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = True
         with leaving():
             failures = from_first(rehearse(self.settings, trainer, pl_module, batch))
+        for failure in failures:
+            if failure.fatal:
+                raise ArgumentError(f"{failure.step}: {failure.error}. {failure.remedy}")
         if failures and self.on_fail == "raise":
             raise QuantizationError(
                 f"before training: {'; '.join(map(str, failures))} on_fail='warn' would go on."

@@ -90,11 +90,10 @@ def refuse_shards(trainer: pl.Trainer) -> None:
         )
 
 
-def check_others(trainer: pl.Trainer, callback: Any, others: list[Any]) -> None:
+def check_others(callback: Any, others: list[Any]) -> None:
     """Raise where a callback is listed twice, or two would write to one folder.
 
     Args:
-        trainer: Has the callbacks.
         callback: This one.
         others: Every one of its kind in the Trainer, itself included.
     """

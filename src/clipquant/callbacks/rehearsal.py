@@ -72,15 +72,25 @@ def _judge_(road: Road, settings: Settings, failures: Failures) -> None:
     if metrics is None:
         return
     monitor, _ = settings.monitored(road.trainer)
-    if metrics and logged_name(monitor, metrics) not in metrics and settings.judges(road.trainer):
-        logged = ", ".join(sorted(metrics))
+    if not metrics or logged_name(monitor, metrics) in metrics or not settings.judges(road.trainer):
+        return
+    logged = f"validation does not log; logged are {', '.join(sorted(metrics))}"
+    if settings.max_drop is not None:
+        failures.items.append(
+            Failure(
+                "keeping max_drop",
+                f"it watches {monitor!r}, which {logged}",
+                "no budget could be kept",
+                "Set monitor to one of them.",
+                fatal=True,
+            )
+        )
+    else:
         failures.add_(
             Failure(
-                f"finding the metric {monitor!r}",
-                f"validation does not log it; logged are {logged}",
-                "max_drop cannot be kept"
-                if settings.max_drop is not None
-                else "the report will name no monitored metric",
+                "finding the monitored metric",
+                f"it is {monitor!r}, which {logged}",
+                "the report will name no monitored metric",
                 "Set monitor to one of them.",
             )
         )
