@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from clipquant import quantize
-from clipquant.quant.codes.pack import pack, unpack
-from clipquant.quant.packed.weight import pack_tensor
+from clipquant.quant.codes.pack import pack, pack_tensor, unpack
 from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
 

@@ -21,11 +21,9 @@ from clipquant.artifact.envelope import (
 )
 from clipquant.quant.codes.grid import Grid, row_levels
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.pack import pack, packed_bytes
+from clipquant.quant.codes.pack import PackedTensor, pack, packed_bytes, unpack_tensor
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import LeftInFloat, QuantizedWeights
-from clipquant.quant.packed.modules import pack_modules_
-from clipquant.quant.packed.weight import PackedTensor, unpack_tensor
 
 
 @dataclass(frozen=True)
@@ -173,6 +171,10 @@ directory.
 
 def _load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """Load a file into `model` without unpacking it; change nothing unless all fits."""
+    from clipquant.quant.packed.modules import (
+        pack_modules_,
+    )  # layers, which reading alone has no use for
+
     stored, metadata = unseal(read_bytes(path), path)
     aliases: Mapping[str, str] = metadata["aliases"]
     tensors = {name: _packed(name, about, stored) for name, about in metadata["tensors"].items()}

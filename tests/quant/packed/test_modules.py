@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from clipquant.quant.codes.grid import Coded, row_levels
+from clipquant.quant.codes.pack import pack_tensor, unpack_tensor
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.packed.modules import packed_copy
-from clipquant.quant.packed.weight import PackedWeight, pack_tensor, unpack_tensor
+from clipquant.quant.packed.weight import PackedWeight
 from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
 

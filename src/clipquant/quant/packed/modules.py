@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipquant.quant.codes.pack import PackedTensor, pack_tensor
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.packed.layers import blockwise_forward
-from clipquant.quant.packed.weight import PackedTensor, PackedWeight, pack_tensor
+from clipquant.quant.packed.weight import PackedWeight
 
 
 def pack_modules_(
