@@ -171,7 +171,7 @@ def test_a_missed_budget_warns_or_raises(problem: Any, tmp_path: Path) -> None:
         fit(problem, warned, tmp_path)
     assert warned.report is not None
     assert not warned.report.budget.met
-    with pytest.raises(BudgetError, match="What comes nearest is in .*no/model.safetensors"):
+    with pytest.raises(BudgetError, match=r"What comes nearest is in .*no/model\.safetensors"):
         fit(
             problem,
             QuantizeOnFitEnd("auto", dirpath=tmp_path / "no", on_fail="raise", **asked),

@@ -43,11 +43,7 @@ def climb_down(
     errors: list[str] = []
     made: QuantizedModel | None = None
     while made is None and len(errors) < len(rungs):
-        try:
-            with kept(guest, parameters=True), seeded(0):
-                made = rungs[len(errors)].run()
-        except Exception as error:  # whatever user code that a method runs raises
-            errors.append(f"{type(error).__name__}: {error}")
+        made = _tried(rungs[len(errors)], guest, errors)
     if errors:
         instead, remedy = "nothing was quantized", f"Later: {line()}"
         if made is not None:
@@ -56,6 +52,15 @@ def climb_down(
         said = "; ".join(dict.fromkeys(errors))
         failures.add_(Failure(rungs[0].what, said, instead, remedy))
     return made
+
+
+def _tried(rung: Rung, guest: nn.Module, errors: list[str]) -> QuantizedModel | None:
+    try:
+        with kept(guest, parameters=True), seeded(0):
+            return rung.run()
+    except Exception as error:  # whatever user code that a method runs raises
+        errors.append(f"{type(error).__name__}: {error}")
+    return None
 
 
 def data_free_rungs(

@@ -10,8 +10,8 @@ from torch import nn
 from clipquant.errors import ArgumentError, ArgumentTypeError
 from clipquant.quant.codes.grid import Coded
 from clipquant.quant.codes.tensor import QuantizedTensor
-from clipquant.quant.codes.zeros import is_pruned, kept_zeros, lost_zeros, with_zero
 from clipquant.quant.codes.weights import QuantizedWeights, rest_of
+from clipquant.quant.codes.zeros import is_pruned, kept_zeros, lost_zeros, with_zero
 from clipquant.quant.methods import Found, Problem
 from clipquant.quant.methods.base import matrix_of, solved
 from clipquant.quant.network.batchnorm import reestimate
