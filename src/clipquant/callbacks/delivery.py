@@ -41,6 +41,16 @@ def _deliver(token: str, attributes: dict[str, Any]) -> Parcel:
     return Parcel(token, attributes)
 
 
+def hand_over(callback: Any, parcel: Parcel) -> None:
+    """Give a parcel's attributes to the callback that `callback` is a copy of.
+
+    A library may copy its callbacks before it fits; the user holds the first one, which has seen no fit.
+    """
+    first = _LIVING.get(parcel.token)
+    if first is not None and first is not callback and not first.used:
+        vars(first).update(parcel.attributes)
+
+
 def send_back(trainer: pl.Trainer, parcel: Parcel) -> None:
     """Let a parcel travel with what a launcher that spawns or forks brings back from its first process."""
     launcher = trainer.strategy.launcher

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from clipquant.budget import BudgetError
 from clipquant.callbacks.checkpoint import check_best
-from clipquant.callbacks.delivery import Parcel, register, send_back
+from clipquant.callbacks.delivery import Parcel, hand_over, register, send_back
 from clipquant.callbacks.export import check_formats, check_installed
 from clipquant.callbacks.failures import Failure, QuantizationError
 from clipquant.callbacks.fit_end import FitEnd, Outcome
@@ -225,11 +225,16 @@ bits='auto' with max_drop or max_size to have it chosen.
         self.report, self.artifact_path = outcome.report, outcome.path
         if outcome.state:
             pl_module.load_state_dict(dict(outcome.state), strict=False)
-        send_back(
-            trainer,
-            Parcel(self._token, {"report": self.report, "artifact_path": self.artifact_path}),
-        )
+        found = {"report": self.report, "artifact_path": self.artifact_path}
+        parcel = Parcel(self._token, found)
+        hand_over(self, parcel)
+        send_back(trainer, parcel)
         self._say_(outcome)
+
+    @property
+    def used(self) -> bool:
+        """Whether it has seen a fit begin."""
+        return self._folder is not None
 
     def _outcome(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
         """Return what came of the fit's end; an Outcome that says why where nothing did."""

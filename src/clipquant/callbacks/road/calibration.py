@@ -17,6 +17,7 @@ from clipquant.callbacks.road.data import (
     validation_loaders,
 )
 from clipquant.callbacks.road.judge import watched
+from clipquant.callbacks.road.precision import PLAIN, Precision
 from clipquant.callbacks.road.road import Road
 from clipquant.quant.network.calibration import EndLoop, Visit
 from clipquant.quant.network.state import kept, seeded
@@ -30,16 +31,18 @@ class Prepared:
         step: The guest's own `validation_step`, or its `forward` where there is none.
         args: What the step gets.
         number: Of the batch, which seeds what the step draws.
+        precision: In which the loop runs steps.
     """
 
     step: Callable[..., Any]
     args: tuple[Any, ...]
-    number: int = 0
+    number: int
+    precision: Precision
 
 
 def run_prepared(guest: nn.Module, prepared: Prepared) -> Any:
     """Run the guest's step on a prepared batch: from the same state and on the same noise each time."""
-    with kept(guest), seeded(prepared.number):
+    with kept(guest), seeded(prepared.number), prepared.precision.active():
         return prepared.step(*prepared.args)
 
 
@@ -53,8 +56,10 @@ def loop_on(road: Road) -> Callable[[Sequence[Any], Sequence[int], Visit], None]
         def step(place: int, own: Callable[..., Any], args: tuple[Any, ...]) -> None:
             if listed.ended:
                 return
+            precision = Precision.now(road.trainer.strategy.root_device.type)
             try:
-                visit(order[place], Prepared(own, args, order[place]))
+                with PLAIN.active():  # a visitor's own sums are not the user's step
+                    visit(order[place], Prepared(own, args, order[place], precision))
             except EndLoop:
                 listed.ended = True
 

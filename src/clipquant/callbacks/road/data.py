@@ -60,7 +60,7 @@ def loaders(road: Road, stage: str) -> Any:
         return source.instance
     own = source.instance is not road.trainer.datamodule  # type: ignore[attr-defined]
     place: Any = road.guest if own else source.instance
-    with alone(), nested_trainer(road.trainer, road.silence) as inner:
+    with seeded(0), alone(), nested_trainer(road.trainer, road.silence) as inner:
         before = place._trainer if own else None
         if own:
             place._trainer = inner
