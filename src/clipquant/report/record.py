@@ -140,6 +140,7 @@ class QuantizationReport:
         latency: Before and after, where it was measured.
         exports: What each further file came to: format, path, bytes, difference, notes, metrics,
             timings, error, and latency, which is the timings under names of their own.
+        failures: What could not be done when the fit ended, what was done instead, and the remedy.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -159,6 +160,7 @@ class QuantizationReport:
     calibration: str = ""
     latency: Latency | None = None
     exports: tuple[Mapping[str, Any], ...] = ()
+    failures: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:

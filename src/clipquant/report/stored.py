@@ -20,7 +20,7 @@ from clipquant.report.record import (
 )
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+/"
-_PLAIN = ("monitor", "mode", "seed", "calibration", "environment")
+_PLAIN = ("monitor", "mode", "seed", "calibration", "environment", "failures")
 
 
 def describe(report: QuantizationReport) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def describe(report: QuantizationReport) -> dict[str, Any]:
     about["metrics"] = [dict(report.float_metrics), dict(report.quantized_metrics)]
     about["layers"] = {layer.name: _layer(layer) for layer in report.layers}
     about["budget"] = _budget(report.budget)
-    return {"report": jsonable({k: v for k, v in about.items() if v not in (None, "", {})})}
+    return {"report": jsonable({k: v for k, v in about.items() if v not in (None, "", {}, ())})}
 
 
 def report_of(
@@ -69,8 +69,13 @@ def report_of(
         path=path,
         budget=_read_budget(about.get("budget"), size_bytes),
         sha256=metadata.get("sha256"),
-        **{name: about[name] for name in _PLAIN if name in about},
+        **_plain(about),
     )
+
+
+def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: about[name] for name in _PLAIN if name in about}
+    return known | ({"failures": tuple(known["failures"])} if "failures" in known else {})
 
 
 def _layer(layer: LayerRecord) -> list[Any]:

@@ -156,5 +156,6 @@ def _statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _normalized(layer: _BatchNorm, x: Tensor, shift: _Shift) -> Tensor:
     mean, variance = _statistics(layer)
-    mean, variance = (mean + shift.mean).to(x.dtype), (variance * shift.ratio).to(x.dtype)
+    # In the statistics' own dtype: under autocast the inputs may be of another.
+    mean, variance = (mean + shift.mean).to(mean.dtype), (variance * shift.ratio).to(variance.dtype)
     return nn.functional.batch_norm(x, mean, variance, layer.weight, layer.bias, eps=layer.eps)
