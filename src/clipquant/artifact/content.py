@@ -19,6 +19,7 @@ from clipquant.artifact.envelope import (
     unseal,
     write_whole,
 )
+from clipquant.errors import ArgumentError
 from clipquant.quant.codes.grid import Grid, row_levels
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.pack import PackedTensor, pack, packed_bytes, unpack_tensor
@@ -159,7 +160,7 @@ directory.
     """
     if packed:
         if model is None:
-            raise ValueError(
+            raise ArgumentError(
                 "packed=True needs a model to hold the packed weights; got model=None. "
                 "Pass a module, or leave packed out for a state dict."
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights
-from clipquant.report.layers import bits_per_weight, layer_record, typical_levels
+from clipquant.report.layers import bits_per_weight, layer_record, typical_values
 from clipquant.report.record import (
     Budget,
     Histogram,
@@ -93,7 +93,7 @@ def _read_layer(name: str, tensor: QuantizedTensor, entry: list[Any] | None) -> 
     if bars:
         low, high, digits = bars
         counts = tuple(_DIGITS.index(digit) for digit in digits)
-        shown = Histogram(low, high, counts, *typical_levels(tensor))
+        shown = Histogram(low, high, counts, *typical_values(tensor))
     record = layer_record(name, tensor, exact if sqnr is None else sqnr, sensitivity, shown)
     return replace(record, note=note)
 
