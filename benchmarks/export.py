@@ -31,6 +31,7 @@ from clipquant.export import (
 from clipquant.export.parts.sessions import feeds, open_any, runner
 from clipquant.export.parts.timing import interleaved_medians
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 from clipquant.reference import FashionMNIST, TwoConvNet
 
 THREADS = 1
@@ -89,7 +90,7 @@ def write_files(subject, bits, folder, judged):
     size = (folder / "float.onnx").stat().st_size
     rows.append(("ONNX, float", size, open_any(folder / "float.onnx", THREADS)))
     for width in bits:
-        weights = quantize_weights(model, width, method="rtn")
+        weights = quantize_weights(model, Recipe(width, method="rtn"))
         path = save_artifact(weights, folder / f"{width}.safetensors")
         rows.append((f"artifact, {width} bit", path.stat().st_size, None))
         record = export_pt2(model, weights, example, folder / f"{width}.pt2")
@@ -104,7 +105,7 @@ def write_files(subject, bits, folder, judged):
 
 def write_float(model, example, path):
     """Write the float network by the exporter that writes the quantized one, with an open batch."""
-    weights = quantize_weights(model, 8, method="rtn")
+    weights = quantize_weights(model, Recipe(8, method="rtn"))
     export_onnx(model, replace_by_floats(weights, model), example, path)
 
 
@@ -125,7 +126,7 @@ def write_int8(subject, path, judged):
         right = subject.accuracy(forward)
         return Judgement(best - right, {"accuracy": right})
 
-    weights = quantize_weights(subject.model, 8, method="rtn")
+    weights = quantize_weights(subject.model, Recipe(8, method="rtn"))
     return export_onnx_int8(
         subject.model,
         weights,

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from clipquant import quantize
-from clipquant.quant.codes.pack import pack, unpack
-from clipquant.quant.packed.weight import pack_tensor
+from clipquant.quant.codes.pack import pack, pack_tensor, unpack
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 
 SIDE, LAYERS = 4096, 4
 
@@ -34,7 +34,7 @@ def make_model():
 
 
 def weights_packed(model):
-    weights = quantize_weights(model, 8, method="rtn")
+    weights = quantize_weights(model, Recipe(8, method="rtn"))
     return [pack_tensor(tensor) for tensor in weights.tensors.values()]
 
 

@@ -1,7 +1,6 @@
 """Every configuration under examples/ runs through the real command line, shortened where it is long."""
 
 import csv
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from lightning.pytorch import Trainer
 from clipquant import TwoConvNet, load_quantized
 from clipquant.artifact import read_artifact
 from clipquant.cli import main
-from clipquant.quant.widths import rows as row_gptq
-from clipquant.quant.methods.adaround import adaround
+from clipquant.quant.methods import METHODS, AdaRound
+from clipquant.quant.widths.rows import RowGptq
 from clipquant.reference import MNIST5k
 from clipquant.reference.fashion_mnist import DEBIAN_FOLDER
 
@@ -58,11 +57,10 @@ def test_there_are_examples():
 def test_example_runs_and_leaves_a_whole_file(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # One range and one sweep for bits="auto": all that is left out is how good its codes are.
-    monkeypatch.setattr(row_gptq, "_DRAWN_IN", dict.fromkeys((1, 2, 3, 4), (1.0,)))
-    monkeypatch.setattr(row_gptq, "_FINE", (1.0,))
-    monkeypatch.setattr(row_gptq, "SWEEPS", 1)
+    quick = RowGptq(drawn_in=dict.fromkeys((1, 2, 3, 4), (1.0,)), fine=(1.0,), sweeps=1)
+    monkeypatch.setattr("clipquant.quant.widths.allocator.ROWS", quick)
     # Likewise few of the steps that learn codes at 4 bits.
-    monkeypatch.setattr("clipquant.quant.quantize.adaround", partial(adaround, steps=12))
+    monkeypatch.setitem(METHODS, "adaround", AdaRound(steps=12))
     artifact, metrics = run(path, tmp_path)
     assert main(["verify", str(artifact)]) == 0
     assert {"val_loss", "val_acc", "grad_norm"} <= set(metrics)

@@ -25,8 +25,10 @@ from clipquant.artifact import (
     verify_artifact,
 )
 from clipquant.artifact.envelope import seal, sealed_size
+from clipquant.quant.codes.grid import Coded, row_levels
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 
 
 class Tied(nn.Module):
@@ -41,14 +43,16 @@ class Tied(nn.Module):
 @pytest.fixture
 def path(tmp_path):
     torch.manual_seed(0)
-    return save_artifact(quantize_weights(Tied(), 3, method="rtn"), tmp_path / "model.safetensors")
+    return save_artifact(
+        quantize_weights(Tied(), Recipe(3, method="rtn")), tmp_path / "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
 def test_what_is_read_is_what_was_written(tmp_path, bits, granularity):
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Linear(5, 3).double())
-    weights = quantize_weights(model, bits, granularity=granularity)
+    weights = quantize_weights(model, Recipe(bits, granularity=granularity))
     read = read_artifact(save_artifact(weights, tmp_path / "a")).weights
     for name, tensor in weights.tensors.items():
         assert torch.equal(read.tensors[name].codes, tensor.codes)
@@ -89,7 +93,7 @@ def test_the_file_is_no_larger_than_codes_scales_and_6_kb(bits):
     model = nn.Sequential(
         nn.Conv2d(1, 32, 3), nn.Conv2d(32, 64, 3), nn.Linear(9216, 128), nn.Linear(128, 10)
     )
-    weights = quantize_weights(model, bits)
+    weights = quantize_weights(model, Recipe(bits))
     numel = sum(tensor.numel for tensor in weights.tensors.values())
     sides = [t for q in weights.tensors.values() for t in (q.scale, q.zero) if t is not None]
     floats = sum(t.nbytes for t in weights.floats.values())
@@ -115,11 +119,13 @@ def test_the_size_is_known_without_writing(tensors, note):
 
 
 def test_the_size_of_packed_rows_is_known_without_packing():
-    weights = quantize_weights(Tied(), 8)
+    weights = quantize_weights(Tied(), Recipe(8))
     bits = torch.arange(7, dtype=torch.uint8)
     tensor = weights.tensors["embed.weight"]
     codes = (tensor.codes % 2 ** bits.long()[:, None]).to(torch.uint8)
-    rows = replace(tensor, codes=codes, bits=bits, levels=None)
+    rows = replace(
+        tensor, coded=Coded(codes, replace(tensor.grid, levels=row_levels(bits))), bits=bits
+    )
     weights = replace(weights, tensors={"embed.weight": rows})
     assert serialized_size(weights, {"a": 1}) == len(serialize(weights, {"a": 1}))
 
@@ -231,7 +237,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_artifact(quantize_weights(Tied(), 8), path)
+        save_artifact(quantize_weights(Tied(), Recipe(8)), path)
     assert path.read_bytes() == old
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

@@ -283,13 +283,21 @@ def test_another_rule_on_resuming_starts_anew_with_a_warning() -> None:
     callback = GradientClipCallback(AutoClip())
     train(Model(), callback)
     other = GradientClipCallback(ZClip())
-    with pytest.warns(
-        UserWarning, match=r"written with the rule clipquant\.clip\.adaptive\.AutoClip"
-    ):
+    with pytest.warns(UserWarning, match=r"written with the rule clipquant\.clip\.AutoClip"):
         other.load_state_dict(callback.state_dict())
     saved = other.state_dict()["optimizers"][0]
     assert saved["steps"] == 4
     assert saved["state"] == {}
+
+
+def test_a_state_saved_when_rules_stood_in_other_files_is_taken_over() -> None:
+    callback, other = GradientClipCallback(AutoClip()), GradientClipCallback(AutoClip())
+    train(Model(), callback)
+    saved = callback.state_dict()
+    assert saved["rule"] == "clipquant.clip.AutoClip"
+    other.load_state_dict({**saved, "rule": "clipquant.clip.adaptive.AutoClip"})
+    history = other.state_dict()["optimizers"][0]["state"]["history"]
+    assert torch.equal(history, saved["optimizers"][0]["state"]["history"])
 
 
 FIGURES = {"grad_norm", "grad_norm_clipped", "clip_coef", "clip_rate", "skipped_steps"}

@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clipquant import QuantizeOnFitEnd, TwoConvNet, load_quantized
-from clipquant.quant.codes.ranges import quantize_weight
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.codes.tensor import dequantize
+from clipquant.quant.methods.rtn import quantize_weight
 from clipquant.quant.network.layers import select
 from clipquant.reference import MNIST5k
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from clipquant.clip.elementwise import clamp_, indicate_
-from clipquant.clip.plans import Clamp, Indicate
 
 LIMIT = 1.0
 
@@ -34,7 +33,7 @@ def clamped(tensor: Tensor) -> Tensor:
 def test_nothing_beyond_the_limit_is_no_clipping(order: float | None, leave: bool) -> None:
     given = tensors()
     before = [t.clone() for t in given]
-    outcome = clamp_(given, Clamp(LIMIT), leave, tell=True, order=order)
+    outcome = clamp_(given, LIMIT, leave, tell=True, order=order)
     assert (outcome.clipped, outcome.finite) == (False, True)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
@@ -54,7 +53,7 @@ def test_one_element_beyond_the_limit_by_one_bit_is_found_wherever_it_is(
     index = tuple(n - 1 for n in flat.shape)
     flat[index] = sign * (beyond if flat.dtype is torch.float32 else 1.5)
     expected = [clamped(t) for t in given]
-    outcome = clamp_(given, Clamp(LIMIT), leave, tell=True, order=order)
+    outcome = clamp_(given, LIMIT, leave, tell=True, order=order)
     assert outcome.clipped
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
@@ -63,7 +62,7 @@ def test_norms_before_and_after_are_those_of_whole_tensors() -> None:
     given = [3.0 * t for t in tensors()]
     before = [float(torch.linalg.vector_norm(t.to(torch.complex128))) for t in given]
     after = [float(torch.linalg.vector_norm(clamped(t).to(torch.complex128))) for t in given]
-    outcome = clamp_(given, Clamp(LIMIT), leave=True, tell=True, order=2.0)
+    outcome = clamp_(given, LIMIT, leave=True, tell=True, order=2.0)
     assert outcome.before.tolist() == pytest.approx(before, rel=1e-5)
     assert outcome.after.tolist() == pytest.approx(after, rel=1e-5)
 
@@ -74,7 +73,7 @@ def test_norms_before_and_after_are_those_of_whole_tensors() -> None:
 def test_what_is_not_finite_is_reported(order: float | None, bad: float, where: int) -> None:
     given = tensors()
     given[where][(-1,) * given[where].ndim] = bad
-    assert not clamp_(given, Clamp(LIMIT), leave=True, tell=True, order=order).finite
+    assert not clamp_(given, LIMIT, leave=True, tell=True, order=order).finite
 
 
 @pytest.mark.parametrize("order", [None, 2.0])
@@ -82,7 +81,7 @@ def test_without_leaving_them_non_finite_gradients_are_clamped_like_torch_does(
     order: float | None,
 ) -> None:
     given = [torch.tensor([5.0, math.nan, -math.inf, 0.5]), torch.tensor([7.0])]
-    clamp_(given, Clamp(LIMIT), leave=False, tell=True, order=order)
+    clamp_(given, LIMIT, leave=False, tell=True, order=order)
     torch.testing.assert_close(
         given[0], torch.tensor([1.0, math.nan, -1.0, 0.5]), equal_nan=True, rtol=0, atol=0
     )
@@ -92,8 +91,8 @@ def test_without_leaving_them_non_finite_gradients_are_clamped_like_torch_does(
 def test_indicators_count_their_ones_in_the_norm() -> None:
     given = tensors()[:7]
     expected = [(t.abs() > 0.3).to(t.dtype) for t in given]
-    outcome = indicate_(given, Indicate(0.3), leave=True, order=2.0)
+    outcome = indicate_(given, 0.3, leave=True, order=2.0)
     assert outcome.clipped
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
     assert outcome.after.square().tolist() == pytest.approx([float(e.sum()) for e in expected])
-    assert not indicate_(given, Indicate(0.3), leave=True, order=2.0).clipped
+    assert not indicate_(given, 0.3, leave=True, order=2.0).clipped

@@ -7,6 +7,7 @@ import torch
 
 from clipquant.clip import Gradients
 from clipquant.clip import gradients as module
+from clipquant.clip.gradients import writable
 
 
 def test_norms_are_measured_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +41,14 @@ def test_a_selection_keeps_groups_and_positions() -> None:
     assert [len(grad) for grad in part] == [3, 1]
     assert len(grads) == 3
     assert [len(grad) for grad in grads[1:]] == [2, 3]
+
+
+def test_gradients_are_made_writable_only_where_they_have_to_be() -> None:
+    plain = torch.ones(3)
+    assert writable(plain) is plain
+    indices = torch.tensor([[1, 1]])
+    twice = torch.sparse_coo_tensor(indices, torch.tensor([1.0, 2.0]), (3,), check_invariants=True)
+    assert writable(twice).values().tolist() == [3.0]
+    lazy = torch.tensor([1 + 2j]).conj()
+    assert not writable(lazy).is_conj()
+    assert writable(lazy).tolist() == [1 - 2j]

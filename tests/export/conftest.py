@@ -9,6 +9,7 @@ from torch import nn
 
 from clipquant.export import Example
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 
 
 class Zoo(nn.Module):
@@ -67,7 +68,9 @@ def every_width(request):
     torch.manual_seed(0)
     model = EveryWidth().eval()
     overrides = {f"*.{b}.weight": b for b in range(1, 9)}
-    weights = quantize_weights(model, granularity=request.param, method="rtn", overrides=overrides)
+    weights = quantize_weights(
+        model, Recipe(granularity=request.param, method="rtn", overrides=overrides)
+    )
     assert [t.bits for t in weights.tensors.values()] == [*range(1, 9)] * 3
     return model, weights
 

@@ -11,6 +11,7 @@ from clipquant.export import ExportError
 from clipquant.export.compressed_tensors import to_pack_quantized
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 
 
 class Mixed(nn.Module):
@@ -35,7 +36,7 @@ def read_back(folder, module):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
 def test_the_package_reads_back_the_weights(bits, granularity, tmp_path):
-    weights = quantize_weights(Mixed(), bits, symmetric=True, granularity=granularity)
+    weights = quantize_weights(Mixed(), Recipe(bits, symmetric=True, granularity=granularity))
     written = to_pack_quantized(weights, tmp_path)
     assert written.packed == ("one", "two")
     for module in written.packed:
@@ -46,8 +47,11 @@ def test_the_package_reads_back_the_weights(bits, granularity, tmp_path):
 def test_integer_zero_points_are_read_back(tmp_path):
     from dataclasses import replace
 
-    weights = quantize_weights(Mixed(), 4, granularity=4)
-    tensors = {k: replace(t, zero=t.zero.round().clamp(0, 15)) for k, t in weights.tensors.items()}
+    weights = quantize_weights(Mixed(), Recipe(4, granularity=4))
+    tensors = {}
+    for name, tensor in weights.tensors.items():
+        grid = replace(tensor.grid, zero=tensor.zero.round().clamp(0, 15))
+        tensors[name] = replace(tensor, coded=replace(tensor.coded, grid=grid))
     weights = replace(weights, tensors=tensors)
     to_pack_quantized(weights, tmp_path)
     expected = dequantize(tensors["one.weight"])
@@ -55,9 +59,9 @@ def test_integer_zero_points_are_read_back(tmp_path):
 
 
 def test_convolutions_and_fractional_zeros_stay_dense_and_are_named(tmp_path):
-    written = to_pack_quantized(quantize_weights(Mixed(), 8), tmp_path)
+    written = to_pack_quantized(quantize_weights(Mixed(), Recipe(8)), tmp_path)
     assert written.dense == {"conv.weight": "not a Linear layer's weight"}
     state = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert state["conv.weight"].dtype == torch.float32
     with pytest.raises(ExportError, match=r"one\.weight: its zeros are fractional.*symmetric=True"):
-        to_pack_quantized(quantize_weights(Mixed(), 4), tmp_path)
+        to_pack_quantized(quantize_weights(Mixed(), Recipe(4)), tmp_path)

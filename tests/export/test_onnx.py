@@ -14,6 +14,7 @@ from clipquant.export import Example, ExportError, export_onnx
 from clipquant.export.example import largest_difference
 from clipquant.export.onnx import dequantized_copy, output_names
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 from clipquant.reference import TwoConvNet
 
 SERVE = """
@@ -70,7 +71,7 @@ def test_a_lower_opset_gives_the_same_outputs(every_width, ids, tmp_path, opset)
 @pytest.mark.parametrize(("bits", "kind"), [(8, "INT8"), (4, "UINT4"), (2, "UINT2")])
 def test_the_file_is_about_as_small_as_the_artifact(bits, kind, tmp_path):
     model = TwoConvNet()
-    weights = quantize_weights(model, bits)
+    weights = quantize_weights(model, Recipe(bits))
     example = Example((torch.randn(1, 1, 28, 28),))
     record = export_onnx(model, weights, example, tmp_path / "a.onnx")
     assert record.bytes == (tmp_path / "a.onnx").stat().st_size
@@ -103,10 +104,12 @@ def test_a_matmul_stays_exact_in_a_session_with_default_options(granularity, sym
     model = EachAlone(layers)
     weights = quantize_weights(
         model,
-        method="rtn",
-        granularity=granularity,
-        symmetric=symmetric,
-        overrides={f"layers.{bits}?.weight": bits for bits in (4, 8)},
+        Recipe(
+            method="rtn",
+            granularity=granularity,
+            symmetric=symmetric,
+            overrides={f"layers.{bits}?.weight": bits for bits in (4, 8)},
+        ),
     )
     x = Example((torch.randn(2, 3, 64),))
     export_onnx(model, weights, x, tmp_path / "a.onnx")
@@ -145,7 +148,7 @@ class Layers(nn.Module):
 def test_layers_that_the_exporter_rewrites(tmp_path):
     torch.manual_seed(0)
     model = Layers().eval()
-    weights = quantize_weights(model, 4, granularity=6)
+    weights = quantize_weights(model, Recipe(4, granularity=6))
     record = export_onnx(model, weights, Example((torch.randn(2, 4, 3, 3),)), tmp_path / "a.onnx")
     assert record.difference <= 1e-4
     stored = {i.name for i in onnx.load(tmp_path / "a.onnx").graph.initializer}
@@ -163,13 +166,13 @@ def test_inputs_as_a_tuple_and_a_dict(tmp_path):
 
     a = torch.randn(3, 4)
     x = Example(((a, {"b": a + 1}),), {"extra": {"c": torch.randn(3, 1)}})
-    record = export_onnx(Sum(), quantize_weights(Sum(), 4), x, tmp_path / "a.onnx")
+    record = export_onnx(Sum(), quantize_weights(Sum(), Recipe(4)), x, tmp_path / "a.onnx")
     assert len(onnx.load(tmp_path / "a.onnx").graph.input) == 3
     assert record.difference is not None
 
 
 def test_the_file_holds_no_paths(zoo, ids, tmp_path):
-    export_onnx(zoo, quantize_weights(zoo, 4), ids, tmp_path / "a.onnx")
+    export_onnx(zoo, quantize_weights(zoo, Recipe(4)), ids, tmp_path / "a.onnx")
     assert b".py" not in (tmp_path / "a.onnx").read_bytes()
 
 

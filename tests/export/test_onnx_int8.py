@@ -9,6 +9,7 @@ from clipquant.export import Example, ExportError, Judgement, export_onnx_int8
 from clipquant.export.bench import interleaved_medians
 from clipquant.export.onnx import dequantized_copy
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 from clipquant.reference import TwoConvNet
 
 
@@ -55,7 +56,7 @@ def exported(tmp_path_factory):
         return Judgement(0.0, {})
 
     path = tmp_path_factory.mktemp("int8") / "a.onnx"
-    weights = quantize_weights(model, 8)
+    weights = quantize_weights(model, Recipe(8))
     record = export_onnx_int8(
         model, weights, batches()[0], path, calibration=batches(), judge=judge, max_drop=1.0
     )
@@ -79,9 +80,9 @@ def test_codes_are_the_artifacts_where_it_holds_8_bits_symmetric(exported):
 def test_scales_that_leave_the_last_code_unused_are_kept_too(model, tmp_path):
     from dataclasses import replace
 
-    weights = quantize_weights(model, 8)
+    weights = quantize_weights(model, Recipe(8))
     tensor = weights.tensors["conv.weight"]
-    few = replace(tensor, codes=tensor.codes.clamp(27, 227))
+    few = replace(tensor, coded=replace(tensor.coded, codes=tensor.codes.clamp(27, 227)))
     weights = replace(weights, tensors={**weights.tensors, "conv.weight": few})
     export_onnx_int8(
         model, weights, batches()[0], tmp_path / "a.onnx", calibration=batches(),
@@ -106,7 +107,7 @@ def test_the_first_method_within_the_drop_is_taken_and_named(model, tmp_path):
     drops = iter([0.5, 0.01])
     record = export_onnx_int8(
         model,
-        quantize_weights(model, 8),
+        quantize_weights(model, Recipe(8)),
         batches()[0],
         tmp_path / "a.onnx",
         calibration=batches(),
@@ -121,7 +122,7 @@ def test_without_a_drop_the_best_of_the_three_is_taken(model, tmp_path):
     drops = iter([0.03, 0.02, 0.01])
     record = export_onnx_int8(
         model,
-        quantize_weights(model, 4),
+        quantize_weights(model, Recipe(4)),
         batches()[0],
         tmp_path / "a.onnx",
         calibration=batches(),
@@ -161,7 +162,7 @@ def test_operators_without_weights_are_left_in_float_where_all_in_int8_lose_too_
     calls = [Example((torch.randn(4, 5, 8),))]
     record = export_onnx_int8(
         model,
-        quantize_weights(model, 8),
+        quantize_weights(model, Recipe(8)),
         calls[0],
         tmp_path / "a.onnx",
         calibration=calls,
@@ -196,7 +197,7 @@ def test_the_judge_sees_a_forward_of_the_models_own_form(exported):
 
 def test_without_a_judge_the_best_by_distance_is_taken_and_that_is_said(model, tmp_path):
     record = export_onnx_int8(
-        model, quantize_weights(model, 8), batches()[0], tmp_path / "a.onnx",
+        model, quantize_weights(model, Recipe(8)), batches()[0], tmp_path / "a.onnx",
         calibration=batches(), max_drop=1e9,
     )  # fmt: skip
     assert "judged by the distance of its outputs" in record.notes[-1]
@@ -205,7 +206,7 @@ def test_without_a_judge_the_best_by_distance_is_taken_and_that_is_said(model, t
 
 def test_a_table_that_is_tied_to_a_decoder_takes_one_scale(zoo, ids, tmp_path):
     record = export_onnx_int8(
-        zoo, quantize_weights(zoo, 8), ids, tmp_path / "a.onnx", calibration=[ids],
+        zoo, quantize_weights(zoo, Recipe(8)), ids, tmp_path / "a.onnx", calibration=[ids],
         judge=enough, max_drop=1.0,
     )  # fmt: skip
     assert any("tables that are looked up" in n and "embedding.weight" in n for n in record.notes)
@@ -251,7 +252,7 @@ def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):
         "clipquant.export.onnx_int8.interleaved_medians", lambda calls: {"float": 1.0, "int8": 2.0}
     )
     record = export_onnx_int8(
-        model, quantize_weights(model, 8), batches()[0], tmp_path / "a.onnx",
+        model, quantize_weights(model, Recipe(8)), batches()[0], tmp_path / "a.onnx",
         calibration=batches(), judge=enough, max_drop=1.0,
     )  # fmt: skip
     assert any(note.startswith("WARNING: int8 is slower than float here") for note in record.notes)
@@ -261,7 +262,11 @@ def test_slower_than_float_is_said_plainly(model, tmp_path, monkeypatch):
 def test_batches_of_different_sizes_calibrate(model, tmp_path):
     short = [*batches(2), batches()[0].rows(0, 3)]
     record = export_onnx_int8(
-        model, quantize_weights(model, 8), short[0], tmp_path / "a.onnx", calibration=short
+        model,
+        quantize_weights(model, Recipe(8)),
+        short[0],
+        tmp_path / "a.onnx",
+        calibration=short,
     )
     assert record.difference < 0.1
 
@@ -276,7 +281,7 @@ def test_a_calibration_that_fails_is_told_and_another_taken(model, tmp_path, mon
 
     monkeypatch.setattr(onnx_int8, "activation_ranges", fails)
     asked = {"calibration": batches(), "judge": enough, "max_drop": None}
-    weights = quantize_weights(model, 8)
+    weights = quantize_weights(model, Recipe(8))
     record = export_onnx_int8(model, weights, batches()[0], tmp_path / "a.onnx", **asked)
     assert record.notes[0] == "activation ranges by Percentile"
     assert [
@@ -290,7 +295,11 @@ def test_a_calibration_that_fails_is_told_and_another_taken(model, tmp_path, mon
 def test_no_calibration_data_is_refused(model, tmp_path):
     with pytest.raises(ExportError, match="needs calibration data"):
         export_onnx_int8(
-            model, quantize_weights(model, 8), batches()[0], tmp_path / "a", calibration=[]
+            model,
+            quantize_weights(model, Recipe(8)),
+            batches()[0],
+            tmp_path / "a",
+            calibration=[],
         )
 
 
@@ -299,7 +308,7 @@ def test_the_reference_network_runs_in_numpy_alone(tmp_path, run_without):
     model = TwoConvNet()
     x = batches(2, side=28)
     export_onnx_int8(
-        model, quantize_weights(model, 8), x[0], tmp_path / "a.onnx", calibration=x,
+        model, quantize_weights(model, Recipe(8)), x[0], tmp_path / "a.onnx", calibration=x,
         judge=lambda forward: Judgement(0.0, {}), max_drop=0.0,
     )  # fmt: skip
     np.save(tmp_path / "x.npy", x[0].args[0].numpy())

@@ -6,7 +6,9 @@ from clipquant.artifact import serialize
 from clipquant.export import Example, ExportError, export_pt2
 from clipquant.export.example import largest_difference
 from clipquant.export.onnx import dequantized_copy
+from clipquant.quant.codes.grid import Coded, row_levels
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 from clipquant.reference import TwoConvNet
 
 LOAD = """
@@ -38,7 +40,7 @@ def test_every_width_loads_in_a_process_that_has_only_torch(
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_the_file_is_about_as_small_as_the_artifact(bits, tmp_path):
     model = TwoConvNet()
-    weights = quantize_weights(model, bits)
+    weights = quantize_weights(model, Recipe(bits))
     example = Example((torch.randn(1, 1, 28, 28),))
     record = export_pt2(model, weights, example, tmp_path / "a.pt2")
     assert record.bytes == (tmp_path / "a.pt2").stat().st_size
@@ -49,12 +51,14 @@ def test_the_file_is_about_as_small_as_the_artifact(bits, tmp_path):
 def test_rows_of_different_widths(zoo, ids, tmp_path):
     from dataclasses import replace
 
-    weights = quantize_weights(zoo, 4)
+    weights = quantize_weights(zoo, Recipe(4))
     tensors = dict(weights.tensors)
     tensor = tensors["linear.weight"]
     bits = torch.tensor([0, 1, 2, 4] * 4, dtype=torch.uint8)
     codes = (tensor.codes % (2 ** bits.long())[:, None]).to(torch.uint8)
-    tensors["linear.weight"] = replace(tensor, codes=codes, bits=bits, levels=None)
+    tensors["linear.weight"] = replace(
+        tensor, coded=Coded(codes, replace(tensor.grid, levels=row_levels(bits))), bits=bits
+    )
     weights = replace(weights, tensors=tensors)
     assert export_pt2(zoo, weights, ids, tmp_path / "a.pt2").difference == 0.0
 
@@ -74,7 +78,7 @@ def test_the_file_holds_neither_paths_nor_the_example(tmp_path):
 def test_a_model_is_not_touched(zoo, ids, tmp_path):
     zoo.train()
     before = {k: v.clone() for k, v in zoo.state_dict().items()}
-    export_pt2(zoo, quantize_weights(zoo, 2), ids, tmp_path / "a.pt2")
+    export_pt2(zoo, quantize_weights(zoo, Recipe(2)), ids, tmp_path / "a.pt2")
     assert zoo.training
     assert type(zoo.linear) is nn.Linear
     assert all(torch.equal(v, before[k]) for k, v in zoo.state_dict().items())

@@ -9,6 +9,7 @@ import torch
 from clipquant import TwoConvNet
 from clipquant.export import Example, export_onnx
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -20,7 +21,7 @@ def test_the_serving_example_runs(tmp_path, run_without):
     assert len([line for line in source.splitlines() if line.strip()]) <= 10
     torch.manual_seed(0)
     model = TwoConvNet().eval()
-    weights = quantize_weights(model, 8)
+    weights = quantize_weights(model, Recipe(8))
     export_onnx(model, weights, Example((torch.zeros(1, 1, 28, 28),)), tmp_path / "model.onnx")
     said = run_without(f"import os; os.chdir({str(tmp_path)!r})\n{source}", "torch", "clipquant")
     assert said.strip() == f"({', '.join(['4', '10'])})"

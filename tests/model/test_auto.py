@@ -37,7 +37,12 @@ def test_widths_that_are_given_stay():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 96), nn.ReLU(), nn.Linear(96, 6))
     made = quantize(
-        model, "auto", max_size=0.5, data=[torch.randn(64, 40)], overrides={"2.*": 7}, progress=False
+        model,
+        "auto",
+        max_size=0.5,
+        data=[torch.randn(64, 40)],
+        overrides={"2.*": 7},
+        progress=False,
     )
     bits = made.weights.tensors["2.weight"].bits
     assert (bits == 7).all()

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 
 
 def small():
@@ -13,7 +14,7 @@ def small():
 def test_the_model_is_not_touched_and_its_keys_are_kept():
     model = small()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    state = quantize_weights(model, 3).state_dict()
+    state = quantize_weights(model, Recipe(3)).state_dict()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert state.keys() == before.keys()
     assert all(state[k].dtype == before[k].dtype for k in state)
@@ -28,16 +29,16 @@ def test_the_float_tensors_are_copies():
 
 
 def test_overrides_give_a_weight_its_own_bits_and_the_first_match_holds():
-    weights = quantize_weights(small(), 8, overrides={"0.*": 4, "*": 2})
+    weights = quantize_weights(small(), Recipe(8, overrides={"0.*": 4, "*": 2}))
     assert weights.tensors["0.weight"].bits == 4
     assert weights.tensors["3.weight"].bits == 2
 
 
 def test_overrides_are_checked():
     with pytest.raises(ValueError, match="got 9"):
-        quantize_weights(small(), overrides={"0.weight": 9})
+        quantize_weights(small(), Recipe(overrides={"0.weight": 9}))
     with pytest.raises(ValueError, match=r"overrides=\['fc'\] matches no parameter"):
-        quantize_weights(small(), overrides={"fc": 4})
+        quantize_weights(small(), Recipe(overrides={"fc": 4}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -46,4 +47,4 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, how):
     model = small()
     model[3].weight.data[0, :2] = value
     with pytest.raises(ValueError, match=r"3\.weight \(2 of 48\)"):
-        quantize_weights(model, **how)
+        quantize_weights(model, Recipe(**how))

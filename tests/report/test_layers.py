@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipquant.quant.codes.grid import Coded, Grid, row_levels
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.ranges import quantize_weight
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.methods.rtn import quantize_weight
 from clipquant.report.layers import (
     histogram,
     rows_by_width,
@@ -24,13 +25,13 @@ from clipquant.report.layers import (
 
 def mixed() -> QuantizedTensor:
     """Three rows of 0, 2 and 2 bits; the step of row 2 is the larger."""
+    bits = torch.tensor([0, 2, 2], dtype=torch.uint8)
+    scale = torch.tensor([[0.7], [0.1], [0.2]])
+    grid = Grid(scale, torch.tensor([[-1.0], [1.0], [1.0]]), row_levels(bits), 3)
+    codes = torch.tensor([[0, 0, 0], [0, 1, 3], [1, 2, 3]], dtype=torch.uint8)
     return QuantizedTensor(
-        codes=torch.tensor([[0, 0, 0], [0, 1, 3], [1, 2, 3]], dtype=torch.uint8),
-        scale=torch.tensor([[0.7], [0.1], [0.2]]),
-        zero=torch.tensor([[-1.0], [1.0], [1.0]]),
-        bits=torch.tensor([0, 2, 2], dtype=torch.uint8),
-        levels=None,
-        group_size=3,
+        coded=Coded(codes, grid),
+        bits=bits,
         layout=quantize_weight(torch.zeros(3, 3), QuantSpec(2)).layout,
         dtype=torch.float32,
     )

@@ -19,12 +19,11 @@ from clipquant.artifact.envelope import (
     unseal,
     write_whole,
 )
+from clipquant.quant.codes.grid import Grid, row_levels
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.pack import pack, packed_bytes
+from clipquant.quant.codes.pack import PackedTensor, pack, packed_bytes, unpack_tensor
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import LeftInFloat, QuantizedWeights
-from clipquant.quant.packed.modules import pack_modules_
-from clipquant.quant.packed.weight import PackedTensor, unpack_tensor
 
 
 @dataclass(frozen=True)
@@ -172,6 +171,10 @@ directory.
 
 def _load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """Load a file into `model` without unpacking it; change nothing unless all fits."""
+    from clipquant.quant.packed.modules import (
+        pack_modules_,
+    )  # layers, which reading alone has no use for
+
     stored, metadata = unseal(read_bytes(path), path)
     aliases: Mapping[str, str] = metadata["aliases"]
     tensors = {name: _packed(name, about, stored) for name, about in metadata["tensors"].items()}
@@ -264,18 +267,16 @@ def _weights(stored: dict[str, Tensor], metadata: Mapping[str, Any]) -> Quantize
 def _packed(name: str, about: Mapping[str, Any], stored: dict[str, Tensor]) -> PackedTensor:
     """Take one weight's parts out of `stored`."""
     layout = Layout(tuple(about["shape"]), about["axis"], about["groups"])
-    granularity = about["granularity"]
-    return PackedTensor(
-        stored.pop(f"{name}.q"),
+    bits, levels = stored.pop(f"{name}.bits", about["bits"]), about["levels"]
+    size = about["granularity"]
+    grid = Grid(
         stored.pop(f"{name}.scale"),
         stored.pop(f"{name}.zero", None),
-        stored.pop(f"{name}.bits", about["bits"]),
-        about["levels"],
-        granularity if isinstance(granularity, int) else layout.columns,
-        layout,
-        getattr(torch, about["dtype"]),
-        about["method"],
+        row_levels(bits) if isinstance(bits, Tensor) else levels,
+        size if isinstance(size, int) else layout.columns,
     )
+    data, dtype = stored.pop(f"{name}.q"), getattr(torch, about["dtype"])
+    return PackedTensor(data, grid, bits, layout, dtype, about["method"])
 
 
 def _versions() -> dict[str, str]:

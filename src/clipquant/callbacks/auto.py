@@ -20,7 +20,8 @@ from clipquant.callbacks.evaluate import judge
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits, Seen, quantize_auto
 from clipquant.quant.codes.weights import QuantizedWeights
-from clipquant.quant.network.layers import select
+from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.twin import twin_of
 from clipquant.quant.widths.sensitivity import output_divergence, squared_gradients
 from clipquant.report.progress import progress_bar
 
@@ -46,10 +47,11 @@ def choose_bits(
     """
     module.eval()
     loss = _Loss()
-    targets = select(module, goal.include, goal.exclude).targets
+    targets = goal.recipe.select(module).targets
     with isolate_rng(), _without_log_warnings():
         torch.manual_seed(0)
-        fisher = squared_gradients(module, targets, _training_batches(trainer, batches), loss)
+        seen = Calibration(_training_batches(trainer, batches))
+        fisher = squared_gradients(module, targets, seen, loss)
     module.zero_grad(set_to_none=True)
     data, forward = calibration_batches(trainer, batches), step_forward(trainer, module)
     trials = count(1)
@@ -61,8 +63,9 @@ def choose_bits(
         return metrics
 
     with progress_bar(trainer.progress_bar_callback is not None) as tell:
-        seen = Seen(fisher, data, forward, tell)
-        quantized = quantize_auto(module, goal, seen, before, measure if before else None)
+        known = Seen(fisher, Calibration(data, forward, tell))
+        judged = measure if before else None
+        quantized = quantize_auto(twin_of(module), goal, known, before, judged)
     said = f"{batches} batches of the train dataloader, by the {loss.what}"
     return quantized.reported(calibration=said)
 

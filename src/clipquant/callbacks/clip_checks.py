@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
-from clipquant.clip.rules import Rule
+from clipquant.clip.rule import Rule
 
 
 def refuse_second_clipping(trainer: pl.Trainer) -> None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from clipquant.clip.assign import OVERRIDE, Assignment, as_rule, assign
-from clipquant.clip.rules import Rule
+from clipquant.clip.rule import Rule
 
 
 class Targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from clipquant.clip.finite import OnNonfinite, check_policy
 from clipquant.clip.fold import can_fold, fold_, unfold_, unfold_after_step
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
-from clipquant.clip.rules import Rule
+from clipquant.clip.rule import Rule
 
 
 class GradientClipCallback(Callback):
@@ -194,9 +195,10 @@ class GradientClipCallback(Callback):
         progress = {
             int(i): Progress.from_state_dict(saved) for i, saved in state_dict["optimizers"].items()
         }
-        if state_dict["rule"] != _kind(self.rule) and any(p.state for p in progress.values()):
+        kind = _public(state_dict["rule"])
+        if kind != _kind(self.rule) and any(p.state for p in progress.values()):
             rank_zero_warn(
-                f"the checkpoint was written with the rule {state_dict['rule']}, this run clips with "
+                f"the checkpoint was written with the rule {kind}, this run clips with "
                 f"{_kind(self.rule)}: counts go on, the state of the rule starts anew"
             )
             progress = {i: replace(p, state={}) for i, p in progress.items()}
@@ -270,7 +272,12 @@ _LATER_HOOKS = ("on_before_optimizer_step", "configure_gradient_clipping")
 
 
 def _kind(rule: Rule) -> str:
-    return f"{type(rule).__module__}.{type(rule).__qualname__}"
+    return _public(f"{type(rule).__module__}.{type(rule).__qualname__}")
+
+
+def _public(kind: str) -> str:
+    """Return the path of a rule's class; that of this package's rules without the file that they stand in."""
+    return re.sub(r"^clipquant\.clip\..*\.", "clipquant.clip.", kind)
 
 
 def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:

@@ -31,14 +31,16 @@ from clipquant.callbacks.quantize_checks import (
     refuse_shards,
 )
 from clipquant.export import Format
-from clipquant.model import QuantizedModel, quantize
+from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits, check_auto, check_smallest
-from clipquant.quant.codes.spec import QuantSpec
-from clipquant.quant.methods.auto import method_for
-from clipquant.quant.network.batchnorm import batch_norms
-from clipquant.quant.network.layers import select
-from clipquant.quant.recipe import CALIBRATED, check_method, specs_for
+from clipquant.model.entry import quantize_by
+from clipquant.quant.codes.spec import MAX_BITS
+from clipquant.quant.methods import Method
+from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.twin import twin_of
+from clipquant.quant.recipe import Recipe
 from clipquant.report.files import write_report
+from clipquant.report.progress import progress_bar
 from clipquant.report.record import QuantizationReport
 from clipquant.report.table import print_summary
 
@@ -58,7 +60,8 @@ class QuantizeOnFitEnd(pl.Callback):
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range; "gptq",
             codes that keep the layers' outputs on train batches; "adaround", codes learned until the
-            network's outputs are kept; "auto", the best of the quick ones for the width.
+            network's outputs are kept; "auto", the best of the quick ones for the width; or an object
+            with `name`, `needs_data` and `solve`, see `clipquant.quant.methods.Method`.
         calibration_batches: How many batches of the train dataloader calibrate; 0: data-free.
         max_drop: Most that the monitored metric may lose, in its own units; needs bits="auto".
         max_size: Most bytes of the file: a number, a fraction of the fp32 size, or "300kB"; needs
@@ -86,7 +89,7 @@ class QuantizeOnFitEnd(pl.Callback):
     >>> QuantizeOnFitEnd(bits=9)
     Traceback (most recent call last):
     ...
-    ValueError: bits must be a whole number from 1 to 8; got 9. Use 8 for the widest grid, or \
+    clipquant.errors.ArgumentError: bits must be a whole number from 1 to 8; got 9. Use 8 for the widest grid, or \
 bits='auto' with max_drop or max_size to have it chosen.
     """
 
@@ -97,7 +100,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         levels: int | None = None,
         symmetric: bool | None = None,
         granularity: Literal["tensor", "channel"] | int = "channel",
-        method: Literal["auto", "rtn", "mse", "hqq", "gptq", "adaround"] = "auto",
+        method: str | Method = "auto",
         calibration_batches: int = 16,
         max_drop: float | None = None,
         max_size: int | float | str | None = None,  # noqa: PYI041 - an int is bytes, a float a share
@@ -111,7 +114,10 @@ bits='auto' with max_drop or max_size to have it chosen.
         export: list[str | Format] | None = None,
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
-        check_method(method)
+        chosen = MAX_BITS if bits == "auto" else bits
+        self.recipe = Recipe(
+            chosen, levels, symmetric, granularity, method, include, exclude, overrides
+        )
         check_choice("weights", weights, ("last", "best"))
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
@@ -122,11 +128,8 @@ bits='auto' with max_drop or max_size to have it chosen.
         self.max_size, self.on_fail = max_size, on_fail
         self.auto = bits == "auto"
         if bits == "auto":
-            check_auto(max_drop, max_size, method, levels, symmetric, granularity)
-        self.spec = QuantSpec(8 if bits == "auto" else bits, levels, symmetric, granularity)
-        self.method = method
+            check_auto(max_drop, max_size, self.recipe)
         self.monitor, self.mode = monitor, mode
-        self.include, self.exclude, self.overrides = include, exclude, overrides
         self.weights = weights
         self.dirpath = dirpath
         self.report: QuantizationReport | None = None
@@ -146,7 +149,7 @@ bits='auto' with max_drop or max_size to have it chosen.
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out before training that there is something to quantize and a place for it."""
-        specs_for(select(pl_module, self.include, self.exclude).targets, self.spec, self.overrides)
+        self.recipe.specs(self.recipe.select(pl_module).targets)
         if trainer.is_global_zero:
             check_writable(self._folder(trainer))
         if self.auto:
@@ -234,33 +237,17 @@ bits='auto' with max_drop or max_size to have it chosen.
 
     def _calibration(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[Any] | None:
         """Return train batches where a weight's method or a BatchNorm asks for them; else None."""
-        targets = select(module, self.include, self.exclude).targets
-        specs = specs_for(targets, self.spec, self.overrides).values()
-        chosen = {method_for(self.method, spec, data=True) for spec in specs}
-        wanted = bool(chosen & set(CALIBRATED)) or bool(batch_norms(module))
-        if self.calibration_batches == 0 or not wanted:
+        if self.calibration_batches == 0 or not self.recipe.reads_data(module):
             return None
         return take_batches(trainer, self.calibration_batches)
 
     def _quantize_plain(self, trainer: pl.Trainer, module: pl.LightningModule) -> QuantizedModel:
         data = self._calibration(trainer, module)
-        quantized = quantize(
-            module,
-            self.spec.bits,
-            levels=self.spec.levels,
-            symmetric=self.spec.symmetric,
-            granularity=self.spec.granularity,
-            method=self.method,
-            include=self.include,
-            exclude=self.exclude,
-            overrides=self.overrides,
-            data=data,
-            calibration_batches=self.calibration_batches,
-            forward=step_forward(trainer, module),
-            progress=trainer.progress_bar_callback is not None,
-        )
         if data is None:
-            return quantized
+            return quantize_by(self.recipe, module)
+        with progress_bar(trainer.progress_bar_callback is not None) as tell:
+            calibration = Calibration(data, step_forward(trainer, module), tell)
+            quantized = quantize_by(self.recipe, twin_of(module), calibration)
         said = f"{len(data)} batches of the train dataloader"
         return quantized.reported(calibration=said)
 
@@ -281,16 +268,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         return found
 
     def _goal(self, monitor: str, mode: str) -> AutoBits:
-        return AutoBits(
-            self.max_drop,
-            self.max_size,
-            monitor,
-            mode,
-            self.spec.granularity,
-            self.include,
-            self.exclude,
-            self.overrides,
-        )
+        return AutoBits(self.max_drop, self.max_size, monitor, mode, self.recipe)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         if self.dirpath is not None:

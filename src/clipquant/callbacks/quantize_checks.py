@@ -7,7 +7,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from clipquant.quant.recipe import CALIBRATED
+from clipquant.errors import ArgumentError
+from clipquant.quant.methods import METHODS, Method
+from clipquant.quant.recipe import data_free
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -16,10 +18,12 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     >>> check_choice("mode", "up", ("min", "max"))
     Traceback (most recent call last):
     ...
-    ValueError: mode must be one of 'min', 'max'; got 'up'.
+    clipquant.errors.ArgumentError: mode must be one of 'min', 'max'; got 'up'.
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        raise ArgumentError(
+            f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}."
+        )
 
 
 def check_writable(folder: Path) -> None:
@@ -42,39 +46,41 @@ def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
     given = {"max_drop": max_drop, "max_size": max_size}
     named = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
     if bits != "auto" and named:
-        raise ValueError(
+        raise ArgumentError(
             f"a budget needs bits='auto', which chooses the bits by it; got bits={bits!r} with "
             f"{named}. Set bits='auto', or leave the budget out."
         )
     if bits == "auto" and not named:
-        raise ValueError("bits='auto' needs max_drop or max_size to choose by; got neither.")
+        raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
 
 
-def check_calibration(calibration_batches: int, method: str) -> None:
+def check_calibration(calibration_batches: int, method: str | Method) -> None:
     """Raise unless the count is one, and not 0 where the method calibrates.
 
     >>> check_calibration(0, "gptq")
     Traceback (most recent call last):
     ...
-    ValueError: method='gptq' calibrates on train batches; got calibration_batches=0. Set it to 1 or more, or choose \
+    clipquant.errors.ArgumentError: method='gptq' calibrates on train batches; got calibration_batches=0. Set it \
+to 1 or more, or choose \
 'rtn', 'mse' or 'hqq'.
     """
     if calibration_batches != int(calibration_batches) or calibration_batches < 0:
-        raise ValueError(
+        raise ArgumentError(
             "calibration_batches must be a whole number, 0 or more; got "
             f"{calibration_batches!r}. 0 quantizes without data."
         )
-    if method in CALIBRATED and calibration_batches == 0:
-        raise ValueError(
-            f"method={method!r} calibrates on train batches; got calibration_batches=0. "
-            "Set it to 1 or more, or choose 'rtn', 'mse' or 'hqq'."
+    solver = METHODS[method] if isinstance(method, str) else method
+    if solver.needs_data and calibration_batches == 0:
+        raise ArgumentError(
+            f"method={solver.name!r} calibrates on train batches; got calibration_batches=0. "
+            f"Set it to 1 or more, or choose {data_free()}."
         )
 
 
 def refuse_shards(trainer: pl.Trainer) -> None:
     """Refuse strategies after which no process holds whole weights."""
     if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        raise ValueError(
+        raise ArgumentError(
             "QuantizeOnFitEnd needs whole weights at fit end; "
             f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
             "device, or call clipquant.quantize() on the consolidated checkpoint."

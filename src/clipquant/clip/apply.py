@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from clipquant.clip.assign import Assignment, Params, Part, assign
 from clipquant.clip.finite import OnNonfinite, check_policy, nonfinite_members, zero_nonfinite_
-from clipquant.clip.gradients import Gradients
+from clipquant.clip.gradients import Gradients, writable
 from clipquant.clip.norms import combine_norms
-from clipquant.clip.plans import Indicate, Scale
+from clipquant.clip.plan import plan_of
 from clipquant.clip.record import ClipRecord
-from clipquant.clip.rules import Rule, State
-from clipquant.clip.write import carry_out_, norms_after, writable
+from clipquant.clip.rule import Rule, State
+from clipquant.clip.scale import Scale
 
 
 @torch.no_grad()
@@ -176,10 +176,8 @@ def _clip_local_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecor
     as a whole.
     """
     params = job.params(range(len(job.grads)))
-    plan, own = part.rule.plan(job.grads, params, part.state(job.state))
-    outcome = carry_out_(
-        part.rule,
-        plan,
+    decision, own = part.rule.plan(job.grads, params, part.state(job.state))
+    outcome = plan_of(part.rule, decision).write_(
         job.grads,
         params,
         leave=watch,
@@ -193,7 +191,7 @@ def _clip_local_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecor
         return job.record(ClipRecord(nonfinite=damaged, state=job.state), norms, None)
     state = {**job.state, **part.prefixed(own)}
     record = job.record(ClipRecord(clipped=outcome.clipped, state=state), norms, clipped_norms)
-    return replace(record, nonzero_share=_nonzero_share(plan, job.grads, clipped_norms))
+    return replace(record, nonzero_share=outcome.nonzero_share)
 
 
 def _clip_parts_(job: _Job, record: ClipRecord, measure: bool, defer: bool) -> ClipRecord:
@@ -208,28 +206,21 @@ def _clip_parts_(job: _Job, record: ClipRecord, measure: bool, defer: bool) -> C
             continue
         grads = job.grads if len(members) == len(job.grads) else job.grads.select(members)
         params = job.params(members)
-        plan, own = part.rule.plan(grads, params, part.state(state))
+        decision, own = part.rule.plan(grads, params, part.state(state))
+        plan = plan_of(part.rule, decision)
         state = {**state, **part.prefixed(own)}
         if defer and isinstance(plan, Scale) and part is job.assignment.whole:
             record = replace(record, deferred=float(plan.coefficient))
             clipped = record.deferred != 1.0
         else:
-            clipped = carry_out_(part.rule, plan, grads, params).clipped
+            outcome = plan.write_(grads, params)
+            clipped, share = outcome.clipped, outcome.nonzero_share if measure else None
         record = replace(record, clipped=record.clipped or clipped)
         if clipped and after is not None:
-            after[members] = norms_after(plan, grads, params, job.order).to(after.dtype)
-            share = _nonzero_share(plan, grads, after[members])
+            after[members] = plan.norms_after(grads, params, job.order).to(after.dtype)
     if before is None and job.grads.measured(job.order):
         before = job.grads.norms(job.order)
     return job.record(replace(record, state=state, nonzero_share=share), before, after)
-
-
-def _nonzero_share(plan: Any, grads: Gradients, norms: Tensor | None) -> float | None:
-    """Return the share of ones among indicators: a vector of zeros and ones has as many ones as its squared 2-norm."""
-    if norms is None or not isinstance(plan, Indicate):
-        return None
-    total = sum(grad.numel() for grad in grads)
-    return round(float(norms.double().square().sum())) / total if total else 0.0
 
 
 def _collect_(assignment: Assignment, present: Sequence[int], loss_scale: float) -> Gradients:

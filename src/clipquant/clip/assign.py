@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clipquant.clip.rules import Rule, State, Value
+from clipquant.clip.rule import METHODS, Rule, State
+from clipquant.clip.rules import Value
 
 OVERRIDE = "clip"  # key of a parameter group that holds a rule of its own, a number for Value, or None for no clipping
 
@@ -128,7 +129,7 @@ def as_rule(rule: Any) -> Rule:
     """
     if isinstance(rule, (int, float)) and not isinstance(rule, bool):
         return Value(float(rule))
-    missing = [name for name in ("init", "plan", "clip") if not callable(getattr(rule, name, None))]
+    missing = [name for name in METHODS if not callable(getattr(rule, name, None))]
     if missing or isinstance(rule, type):
         given = (
             f"the class {rule.__name__}, not an instance of it"

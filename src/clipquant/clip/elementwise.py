@@ -11,20 +11,20 @@ from torch import Tensor
 
 from clipquant.clip.blocks import Block, blocks, gather_norms
 from clipquant.clip.norms import bounded_norms, value_norms
-from clipquant.clip.plans import Clamp, Indicate, Outcome
+from clipquant.clip.outcome import Outcome
 
 # Elements; below, a call costs more than the copy that lets one call serve many tensors.
 _SMALL = 1 << 12
 
 
 def clamp_(
-    tensors: Sequence[Tensor], plan: Clamp, leave: bool, tell: bool, order: float | None
+    tensors: Sequence[Tensor], limit: float, leave: bool, tell: bool, order: float | None
 ) -> Outcome:
     """Clamp every element in place.
 
     Args:
         tensors: Gradients of any kind; of a distributed one the local shard.
-        plan: The limit.
+        limit: Largest magnitude of an element.
         leave: Leave a block with a non-finite element as it is, and say so.
         tell: Whether it matters if anything was clipped. Without, and without norms, this is one pass over memory.
         order: Order of the norms to measure; None for none.
@@ -35,27 +35,27 @@ def clamp_(
     if not (leave or tell or order is not None):
         for block in blocks(tensors, split=False):
             for values in _reals(block.values):
-                values.clamp_(-plan.limit, plan.limit)
+                values.clamp_(-limit, limit)
         return Outcome(clipped=True)
     if order is not None:
-        return _stream_(tensors, leave, order, partial(_clamp_reaching_, plan.limit))
+        return _stream_(tensors, leave, order, partial(_clamp_reaching_, limit))
     clipped, finite = False, True
     for block in blocks(tensors):
         for group in _groups(_reals(block.values)):
             largest = _largest(group)
             if leave and not math.isfinite(largest):
                 finite = False
-            elif not largest <= plan.limit:
-                _clamp_each_(group, plan.limit)
+            elif not largest <= limit:
+                _clamp_each_(group, limit)
                 clipped = True
     return Outcome(clipped, finite)
 
 
 def indicate_(
-    tensors: Sequence[Tensor], plan: Indicate, leave: bool, order: float | None
+    tensors: Sequence[Tensor], threshold: float, leave: bool, order: float | None
 ) -> Outcome:
     """Write 1 over every element beyond the threshold and 0 over every other; arguments as for `clamp_`."""
-    return _stream_(tensors, leave, order or 2.0, partial(_indicate_each_, plan.threshold))
+    return _stream_(tensors, leave, order or 2.0, partial(_indicate_each_, threshold))
 
 
 def _stream_(

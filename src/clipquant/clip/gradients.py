@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from clipquant.clip.norms import combine_norms, tensor_norms
 
@@ -87,3 +89,24 @@ class Gradients(Sequence[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
+
+
+def writable(grad: Tensor) -> Tensor:
+    """Return `grad`, or an equal gradient whose stored values can be clipped in place.
+
+    Duplicate entries of a sparse gradient are summed, lazily conjugated values are written out, and the partial sums
+    of a distributed gradient are added up.
+
+    Args:
+        grad: A gradient of any kind.
+
+    Returns:
+        `grad` itself in the common case.
+    """
+    if grad.layout is torch.sparse_coo:
+        return grad.coalesce()
+    if isinstance(grad, DTensor) and any(isinstance(p, Partial) for p in grad.placements):
+        return grad.redistribute(
+            placements=[Replicate() if isinstance(p, Partial) else p for p in grad.placements]
+        )
+    return grad.resolve_conj() if grad.is_complex() else grad

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clipquant.clip.record import ClipRecord
-from clipquant.clip.rules import State
+from clipquant.clip.rule import State
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from clipquant.clip.rules import State
+from clipquant.clip.rule import State
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,36 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from clipquant.clip.norms import EXACT, norms_of_owners, value_norms, vector_norm
-from clipquant.clip.plans import Outcome, ScaleUnits
+from clipquant.clip.outcome import Outcome
 from clipquant.clip.shards import local_values, reduce_parts, sharded_dims
 
 _BLOCK = 1 << 20  # elements; with their weights, 8 MB in float32
 _SMALL = 1 << 16  # elements
 _LONG = 1024  # elements of a row; of shorter ones a part takes as long to read as the whole
+
+
+@dataclass(frozen=True)
+class UnitLimits:
+    """The largest norm of each unit of a gradient: `ratio` times the norm of the weight's unit, at least `eps`."""
+
+    ratio: float
+    eps: float
+
+    def coefficients(self, grad_norms: Tensor, weight_norms: Tensor) -> Tensor:
+        """Return the factor of each unit: `min(1, ratio * max(|w|, eps) / max(|g|, 1e-6))`.
+
+        Args:
+            grad_norms: Norm of each unit of the gradient.
+            weight_norms: Norm of each unit of the weight, same shape.
+
+        Returns:
+            Factors in [0, 1], same shape.
+        """
+        return self.of(weight_norms).div(grad_norms.clamp(min=1e-6)).clamp_(max=1.0)
+
+    def of(self, weight_norms: Tensor) -> Tensor:
+        """Return the limits of gradients whose weights have these norms."""
+        return weight_norms.clamp(min=self.eps).mul_(self.ratio)
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
@@ -56,30 +80,15 @@ def _kept_norms(values: Tensor, ndim: int) -> Tensor:
     return _row_norms(values).view(-1, *[1] * (ndim - 1))
 
 
-def unit_coefficients(grad_norms: Tensor, weight_norms: Tensor, plan: ScaleUnits) -> Tensor:
-    """Return the factor of each unit: `min(1, ratio * max(|w|, eps) / max(|g|, 1e-6))`.
-
-    Args:
-        grad_norms: Norm of each unit of the gradient.
-        weight_norms: Norm of each unit of the weight, same shape.
-        plan: Ratio and smallest weight norm.
-
-    Returns:
-        Factors in [0, 1], same shape.
-    """
-    largest = weight_norms.clamp(min=plan.eps).mul_(plan.ratio)
-    return largest.div(grad_norms.clamp(min=1e-6)).clamp_(max=1.0)
-
-
 def scale_units_(
-    grads: Sequence[Tensor], params: Sequence[Tensor], plan: ScaleUnits, measure: bool = True
+    grads: Sequence[Tensor], params: Sequence[Tensor], limits: UnitLimits, measure: bool = True
 ) -> Outcome:
     """Scale each unit of each gradient in place; the norms of gradients follow from those of their units.
 
     Args:
         grads: Gradients of any kind.
         params: Their weights, in the same order.
-        plan: Ratio and smallest weight norm.
+        limits: Ratio and smallest weight norm.
         measure: Whether to return norms.
 
     Returns:
@@ -90,9 +99,9 @@ def scale_units_(
     for group in _grouped(grads, params, plain):
         # A part of the weights decides only where nothing is clipped, and is read for nothing elsewhere.
         hopeful = not scaled or not scaled[-1].clipped
-        scaled.append(_scale_pieces_(group, plan, hopeful))
+        scaled.append(_scale_pieces_(group, limits, hopeful))
     scaled += [
-        _scale_odd_(i, grads[i], params[i], plan)
+        _scale_odd_(i, grads[i], params[i], limits)
         for i, is_plain in enumerate(plain)
         if not is_plain
     ]
@@ -165,21 +174,21 @@ def _grouped(
     yield from together.values()
 
 
-def _scale_pieces_(pieces: list[_Piece], plan: ScaleUnits, hopeful: bool) -> _Scaled:
+def _scale_pieces_(pieces: list[_Piece], limits: UnitLimits, hopeful: bool) -> _Scaled:
     """Scale dense gradients of one device: the coefficients of all their units are one vector."""
     pieces = sorted(pieces, key=lambda piece: piece.grad.ndim < 2)
     units, sizes = _unit_vector([piece.grad for piece in pieces])
     owners = [(piece.owner, size) for piece, size in zip(pieces, sizes, strict=True)]
     hopeful = hopeful and len(pieces) == 1
-    if units.numel() == 0 or (hopeful and _are_within(units, pieces[0].weight, plan)):
+    if units.numel() == 0 or (hopeful and _are_within(units, pieces[0].weight, limits)):
         return _Scaled(owners, units, units, finite=True)
     weights, _ = _unit_vector([piece.weight for piece in pieces])
-    coefficients = unit_coefficients(units, weights, plan)
+    coefficients = limits.coefficients(units, weights)
     least, finite = coefficients.min().item(), True
     if not least > 0:
         if bool(units.isinf().any()):  # maybe only squares that overflow
             units = torch.cat([unit_norms(piece.grad.double()).flatten() for piece in pieces])
-            coefficients = unit_coefficients(units, weights, plan)
+            coefficients = limits.coefficients(units, weights)
         finite = bool(units.isfinite().all())
     if least >= 1:
         return _Scaled(owners, units, units, finite)
@@ -187,7 +196,7 @@ def _scale_pieces_(pieces: list[_Piece], plan: ScaleUnits, hopeful: bool) -> _Sc
     return _Scaled(owners, units, units * coefficients, finite)
 
 
-def _are_within(units: Tensor, weight: Tensor, plan: ScaleUnits) -> bool:
+def _are_within(units: Tensor, weight: Tensor, limits: UnitLimits) -> bool:
     """Return whether the first eighth of each long row alone shows that no unit is beyond its limit.
 
     The norm of a row is at least that of a part of it; this saves reading most of the weights in most steps. False
@@ -199,17 +208,16 @@ def _are_within(units: Tensor, weight: Tensor, plan: ScaleUnits) -> bool:
         return False
     rows = weight.view(len(weight), -1)
     part: Tensor = torch.linalg.vector_norm(rows[:, : rows.shape[1] // 8], 2, dim=1)
-    limits = part.clamp_(min=plan.eps).mul_(plan.ratio)
-    return bool(((units <= limits) & (units < math.inf)).all())
+    return bool(((units <= limits.of(part)) & (units < math.inf)).all())
 
 
-def _scale_odd_(owner: int, grad: Tensor, param: Tensor, plan: ScaleUnits) -> _Scaled:
+def _scale_odd_(owner: int, grad: Tensor, param: Tensor, limits: UnitLimits) -> _Scaled:
     """Scale one gradient of any kind, which counts as one unit as to its norm."""
     if grad.layout is torch.sparse_coo:
-        values, coefficients = _sparse_units(grad, param, plan)
+        values, coefficients = _sparse_units(grad, param, limits)
     else:
         values = local_values(grad)
-        coefficients = unit_coefficients(unit_norms(grad), unit_norms(param), plan)
+        coefficients = limits.coefficients(unit_norms(grad), unit_norms(param))
     before = after = value_norms([values])
     if values.numel() > 0 and not bool((coefficients >= 1).all()):
         values.mul_(coefficients.to(values.dtype))
@@ -264,14 +272,14 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _sparse_units(grad: Tensor, param: Tensor, plan: ScaleUnits) -> tuple[Tensor, Tensor]:
+def _sparse_units(grad: Tensor, param: Tensor, limits: UnitLimits) -> tuple[Tensor, Tensor]:
     """Return the stored values of a sparse gradient and the coefficient of each: only rows that it holds are read."""
     values = grad.values()
     if grad.ndim == 1:
-        return values, unit_coefficients(value_norms([values])[0], unit_norms(param), plan)
+        return values, limits.coefficients(value_norms([values])[0], unit_norms(param))
     rows, entry = grad.indices()[0].unique(return_inverse=True)
     squares = values.abs().double().square().reshape(len(values), -1).sum(1)
     norms = squares.new_zeros(len(rows)).index_add_(0, entry, squares).sqrt()
     weights = unit_norms(param.index_select(0, rows)).reshape(-1)
-    coefficients = unit_coefficients(norms, weights, plan)[entry]
+    coefficients = limits.coefficients(norms, weights)[entry]
     return values, coefficients.reshape(-1, *[1] * (values.ndim - 1))

@@ -73,10 +73,11 @@ def export_pt2(
 
     >>> from tempfile import TemporaryDirectory
     >>> from clipquant.quant.quantize import quantize_weights
+    >>> from clipquant.quant.recipe import Recipe
     >>> layer = nn.Linear(64, 32)
     >>> with TemporaryDirectory() as folder:
     ...     example = Example((torch.zeros(1, 64),))
-    ...     export_pt2(layer, quantize_weights(layer, 4), example, f"{folder}/a.pt2").difference
+    ...     export_pt2(layer, quantize_weights(layer, Recipe(4)), example, f"{folder}/a.pt2").difference
     0.0
     """
     packed = packed_copy(model, weights)

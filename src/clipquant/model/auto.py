@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -21,27 +19,31 @@ from clipquant.budget.goal import (
 )
 from clipquant.errors import ArgumentError
 from clipquant.model.quantized import QuantizedModel, make_report
-from clipquant.quant.codes.spec import Granularity, QuantSpec
 from clipquant.quant.codes.weights import QuantizedWeights
-from clipquant.quant.network.calibration import Forward, Progress, call_model
-from clipquant.quant.network.layers import Globs, Target, check_finite, select
-from clipquant.quant.recipe import specs_for
+from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.layers import Target, check_finite
+from clipquant.quant.recipe import Recipe
 from clipquant.quant.widths.allocator import allocator, smallest_weights
 from clipquant.report.stored import describe
 
 
 @dataclass(frozen=True)
 class AutoBits:
-    """What bits="auto" is asked: the budgets, the metric that judges, and what is quantized how."""
+    """What bits="auto" is asked: the budgets, the metric that judges, and what is quantized how.
+
+    Args:
+        max_drop: Most that the metric may lose.
+        max_size: Most bytes of the file, see `size_in_bytes`.
+        monitor: The metric.
+        mode: Whether it is better when smaller ("min") or larger ("max").
+        recipe: The other settings; its bits are not read.
+    """
 
     max_drop: float | None
     max_size: int | float | str | None
     monitor: str
     mode: str
-    granularity: Granularity = "channel"
-    include: Globs = None
-    exclude: Globs = None
-    overrides: Mapping[str, int] | None = None
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,11 @@ class Seen:
 
     Args:
         fisher: Name of a weight -> E[g^2], (rows, columns).
-        batches: Calibration inputs.
-        forward: Runs a model on a batch.
-        progress: Told before each weight.
+        calibration: Batches, and how to run them.
     """
 
     fisher: Mapping[str, Tensor]
-    batches: Sequence[Any]
-    forward: Forward = call_model
-    progress: Progress | None = None
+    calibration: Calibration
 
 
 def quantize_auto(
@@ -71,7 +69,7 @@ def quantize_auto(
     """Return `model` with bits for each row that meet the budgets, or come nearest to them.
 
     Args:
-        model: Any module; it is not touched.
+        model: In eval mode. It is run with other weights in their places, and ends as it was.
         goal: What is asked.
         seen: Sensitivities and calibration data.
         before: Metrics of the float model.
@@ -80,13 +78,16 @@ def quantize_auto(
     Raises:
         ValueError: For what cannot be asked of this model; see `clipquant.budget.meet`.
     """
-    selection = select(model, goal.include, goal.exclude)
+    selection = goal.recipe.select(model)
     check_finite(selection.targets)
-    fixed = _given_widths(selection.targets, goal.overrides)
     found = allocator(
-        model, selection, seen.fisher, seen.batches, forward=seen.forward, group_size=_group_size(goal),
-        fixed=fixed, progress=seen.progress,
-    )  # fmt: skip
+        model,
+        selection,
+        seen.fisher,
+        seen.calibration,
+        group_size=_group_size(goal),
+        fixed=_given_widths(selection.targets, goal.recipe),
+    )
     base = replace(
         make_report(found.weights(found.uniform(8)), model),
         float_metrics=dict(before),
@@ -123,8 +124,8 @@ def check_smallest(model: nn.Module, goal: AutoBits) -> None:
     Raises:
         BudgetError: Naming the smallest possible file.
     """
-    selection = select(model, goal.include, goal.exclude)
-    fixed = _given_widths(selection.targets, goal.overrides)
+    selection = goal.recipe.select(model)
+    fixed = _given_widths(selection.targets, goal.recipe)
     if goal.max_size is None:
         return
     weights = smallest_weights(model, selection, group_size=_group_size(goal), fixed=fixed)
@@ -134,39 +135,30 @@ def check_smallest(model: nn.Module, goal: AutoBits) -> None:
 
 
 def _group_size(goal: AutoBits) -> int | None:
-    return goal.granularity if isinstance(goal.granularity, int) else None
+    granularity = goal.recipe.granularity
+    return granularity if isinstance(granularity, int) else None
 
 
-def check_auto(
-    max_drop: object,
-    max_size: object,
-    method: str,
-    levels: object,
-    symmetric: object,
-    granularity: object,
-) -> None:
-    """Raise for arguments that bits="auto" cannot obey, naming each with its remedy."""
+def check_auto(max_drop: object, max_size: object, recipe: Recipe) -> None:
+    """Raise for settings that bits="auto" cannot obey, naming each with its remedy."""
     if max_drop is None and max_size is None:
         raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
     check_budget(max_drop, max_size)
     wrong = {
-        "method": (method, method not in ("auto", "gptq")),
-        "levels": (levels, levels is not None),
-        "symmetric": (symmetric, bool(symmetric)),
-        "granularity": (granularity, granularity == "tensor"),
+        "method": recipe.method not in ("auto", "gptq"),
+        "levels": recipe.levels is not None,
+        "symmetric": bool(recipe.symmetric),
+        "granularity": recipe.granularity == "tensor",
     }
-    for name, (value, bad) in wrong.items():
+    for name, bad in wrong.items():
         if bad:
             raise ArgumentError(
                 f"bits='auto' gives each output channel a grid of its own, affine, its codes chosen by 'gptq'; got "
-                f"{name}={value!r}. Leave {name} out, or give bits as a number."
+                f"{name}={getattr(recipe, name)!r}. Leave {name} out, or give bits as a number."
             )
 
 
-def _given_widths(targets: Iterable[Target], overrides: Mapping[str, int] | None) -> dict[str, int]:
-    specs = specs_for(targets, QuantSpec(8), overrides)
-    return {
-        name: spec.bits
-        for name, spec in specs.items()
-        if any(fnmatchcase(name, pattern) for pattern in overrides or {})
-    }
+def _given_widths(targets: Iterable[Target], recipe: Recipe) -> dict[str, int]:
+    """Return the widths of the weights that are given one."""
+    own = {name: recipe.override(name) for name in recipe.specs(targets)}
+    return {name: bits for name, bits in own.items() if bits is not None}

@@ -13,12 +13,20 @@ from clipquant.artifact import load_state
 from clipquant.errors import ArgumentError
 from clipquant.model.auto import AutoBits, Seen, check_auto, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
-from clipquant.quant.codes.spec import Granularity
+from clipquant.quant.codes.spec import MAX_BITS, Granularity
 from clipquant.quant.codes.weights import QuantizedWeights
-from clipquant.quant.network.calibration import Forward, Progress, calibration_data, call_model
-from clipquant.quant.network.layers import Globs, select
+from clipquant.quant.methods import Method
+from clipquant.quant.network.calibration import (
+    Calibration,
+    Forward,
+    Progress,
+    calibration_data,
+    call_model,
+)
+from clipquant.quant.network.layers import Globs
+from clipquant.quant.network.twin import twin_of
 from clipquant.quant.quantize import quantize_weights
-from clipquant.quant.recipe import check_method
+from clipquant.quant.recipe import Recipe
 from clipquant.quant.widths.sensitivity import output_divergence, squared_gradients
 from clipquant.report.progress import progress_bar
 
@@ -30,7 +38,7 @@ def quantize(
     levels: int | None = None,
     symmetric: bool | None = None,
     granularity: Granularity = "channel",
-    method: str = "auto",
+    method: str | Method = "auto",
     include: Globs = None,
     exclude: Globs = None,
     overrides: Mapping[str, int] | None = None,
@@ -52,7 +60,8 @@ def quantize(
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range;
             "gptq", codes that keep the layers' outputs on `data`; "adaround", codes learned until the
-            network's outputs are kept; "auto", the best of the quick ones for the width and the data.
+            network's outputs are kept; "auto", the best of the quick ones for the width and the data;
+            or an object with `name`, `needs_data` and `solve`, see `clipquant.quant.methods.Method`.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights.
@@ -77,48 +86,48 @@ def quantize(
     >>> quantized.report.layers[0].bits
     4.0
     """
-    check_method(method)
+    chosen = MAX_BITS if bits == "auto" else bits
+    recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
     if bits == "auto":
-        check_auto(max_drop, max_size, method, levels, symmetric, granularity)
+        check_auto(max_drop, max_size, recipe)
         batches = _auto_data(data, calibration_batches)
-        guest = copy.deepcopy(model).eval()
-        targets = select(guest, include, exclude).targets
-        fisher = squared_gradients(guest, targets, batches, _divergence(forward))
-        goal = AutoBits(
-            max_drop, max_size, "score", "max", granularity, include, exclude, overrides
-        )
-        judged = None if score is None else _judge_of(model, score)
+        goal = AutoBits(max_drop, max_size, "score", "max", recipe)
+        judge = None if score is None else _judge_of(model, score)
         before = {} if score is None else {"score": float(score(model))}
         with progress_bar(progress) as tell:
-            found = quantize_auto(model, goal, Seen(fisher, batches, forward, tell), before, judged)
-        return found.reported(calibration=f"{len(batches)} batches of the data given")
+            calibration = Calibration(batches, forward, tell)
+            made = quantize_auto(
+                twin_of(model), goal, _seen(model, recipe, calibration), before, judge
+            )
+        return made.reported(calibration=f"{len(batches)} batches of the data given")
     if max_drop is not None or max_size is not None:
         raise ArgumentError(
             f"max_drop and max_size need bits='auto', which chooses the bits by them; got bits={bits!r}."
         )
+    batches = [] if data is None else calibration_data(data, calibration_batches)
     with progress_bar(progress) as tell:
-        weights = quantize_weights(
-            model,
-            bits,
-            levels=levels,
-            symmetric=symmetric,
-            granularity=granularity,
-            include=include,
-            exclude=exclude,
-            overrides=overrides,
-            method=method,
-            batches=None if data is None else calibration_data(data, calibration_batches),
-            forward=forward,
-            progress=tell,
-        )
-    quantized = QuantizedModel(weights, make_report(weights, model))
+        guest = twin_of(model) if batches else model
+        made = quantize_by(recipe, guest, Calibration(batches, forward, tell))
     if score is None:
-        return quantized
+        return made
     before = {"score": float(score(model))}
-    after = {"score": float(score(quantized.apply_to(copy.deepcopy(model))))}
-    return quantized.reported(
-        float_metrics=before, quantized_metrics=after, monitor="score", mode="max"
-    )
+    after = {"score": float(score(made.apply_to(copy.deepcopy(model))))}
+    return made.reported(float_metrics=before, quantized_metrics=after, monitor="score", mode="max")
+
+
+def quantize_by(
+    recipe: Recipe, model: nn.Module, calibration: Calibration | None = None
+) -> QuantizedModel:
+    """Return a model quantized as a recipe says.
+
+    Args:
+        recipe: The settings.
+        model: In eval mode where there is a calibration: it is run, with other weights in their places,
+            and ends as it was.
+        calibration: Batches, and how to run them.
+    """
+    weights = quantize_weights(model, recipe, calibration)
+    return QuantizedModel(weights, make_report(weights, model))
 
 
 def _auto_data(data: Iterable[Any] | None, count: int) -> list[Any]:
@@ -131,9 +140,16 @@ def _auto_data(data: Iterable[Any] | None, count: int) -> list[Any]:
     return calibration_data(data, count)
 
 
-def _divergence(forward: Forward) -> Callable[[nn.Module, Any], tuple[Tensor, int]]:
+def _seen(model: nn.Module, recipe: Recipe, calibration: Calibration) -> Seen:
+    """Return the calibration with the sensitivities of a copy's outputs, which backward passes run through."""
+    guest = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
-    return lambda model, batch: output_divergence(forward(model, batch), generator)
+
+    def loss(guest: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        return output_divergence(calibration.forward(guest, batch), generator)
+
+    fisher = squared_gradients(guest, recipe.select(guest).targets, calibration, loss)
+    return Seen(fisher, calibration)
 
 
 def _judge_of(

@@ -2,43 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
-from clipquant.quant.codes.spec import QuantSpec, check_bits
-from clipquant.quant.network.layers import Target, check_globs
+from torch import nn
 
-METHODS = ("auto", "rtn", "mse", "hqq", "gptq", "adaround")
+from clipquant.errors import ArgumentError
+from clipquant.quant.codes.spec import Granularity, QuantSpec, check_bits
+from clipquant.quant.methods import METHODS, Method
+from clipquant.quant.methods.base import reads_data
+from clipquant.quant.network.batchnorm import batch_norms
+from clipquant.quant.network.layers import Globs, Selection, Target, check_globs, select
 
 
-CALIBRATED = ("gptq", "adaround")  # these need data
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of quantizing, checked when they are written down.
+
+    Args:
+        bits: Width of a code, 1 to 8.
+        levels: Steps of the grid, instead of the most that `bits` allow.
+        symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
+        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
+        method: A name in `METHODS`, or an object with `name`, `needs_data` and `solve`.
+        include: Globs over state-dict keys; None: every known weight.
+        exclude: Globs over state-dict keys that stay in float.
+        overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
+
+    Raises:
+        ValueError: For a setting that cannot be; the message names the rule, the value and the remedy.
+
+    >>> Recipe(bits=4, method="gptq").needs_data
+    True
+    """
+
+    bits: int = 8
+    levels: int | None = None
+    symmetric: bool | None = None
+    granularity: Granularity = "channel"
+    method: str | Method = "auto"
+    include: Globs = None
+    exclude: Globs = None
+    overrides: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.spec
+        check_method(self.method)
+        for bits in (self.overrides or {}).values():
+            check_bits(bits)
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid of every weight that has no bits of its own."""
+        return QuantSpec(self.bits, self.levels, self.symmetric, self.granularity)
+
+    @property
+    def solver(self) -> Method:
+        """The method, as an object."""
+        return METHODS[self.method] if isinstance(self.method, str) else self.method
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.solver.needs_data)
+
+    def select(self, model: nn.Module) -> Selection:
+        """Return which weights of a model are quantized, and why others are not."""
+        return select(model, self.include, self.exclude)
+
+    def specs(self, targets: Iterable[Target]) -> dict[str, QuantSpec]:
+        """Return each weight's grid: `spec`, or with the bits of the first override that matches.
+
+        Raises:
+            ValueError: For a glob of `overrides` that matches none of the weights.
+        """
+        names = [target.name for target in targets]
+        check_globs(names, overrides=self.overrides)
+        own = {name: self.override(name) for name in names}
+        return {n: self.spec if b is None else _with_bits(self.spec, b) for n, b in own.items()}
+
+    def override(self, name: str) -> int | None:
+        """Return the bits that a weight is given of its own."""
+        matching = (b for glob, b in (self.overrides or {}).items() if fnmatchcase(name, glob))
+        return next(matching, None)
+
+    def reads_data(self, model: nn.Module) -> bool:
+        """Return whether batches make a difference: to a weight's method, or to BatchNorm statistics."""
+        specs = self.specs(self.select(model).targets).values()
+        return bool(batch_norms(model)) or any(reads_data(self.solver, spec) for spec in specs)
+
+    def without_data(self) -> Recipe:
+        """Return the same settings with the best method that looks at the weights alone."""
+        return replace(self, method="auto") if self.needs_data else self
 
 
-def check_method(method: str, known: Sequence[str] = METHODS) -> None:
-    """Raise unless `method` is a known one.
+def check_method(method: Any) -> None:
+    """Raise unless `method` is a known name or an object that is a method.
 
     >>> check_method("awq")
     Traceback (most recent call last):
     ...
-    ValueError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq', 'adaround'; got 'awq'.
+    clipquant.errors.ArgumentError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq', 'adaround', or an \
+object with name, \
+needs_data and solve(problem); got 'awq'.
     """
-    if method not in known:
-        raise ValueError(f"method must be one of {', '.join(map(repr, known))}; got {method!r}.")
+    known = method in METHODS if isinstance(method, str) else isinstance(method, Method)
+    if not known or isinstance(method, type):
+        raise ArgumentError(
+            f"method must be one of {', '.join(map(repr, METHODS))}, or an object with name, needs_data "
+            f"and solve(problem); got {method!r}."
+        )
 
 
-def specs_for(
-    targets: Iterable[Target], spec: QuantSpec, overrides: Mapping[str, int] | None
-) -> dict[str, QuantSpec]:
-    """Return each weight's grid: `spec`, or with the bits of the first override that matches."""
-    names = [target.name for target in targets]
-    check_globs(names, overrides=overrides)
-    for bits in (overrides or {}).values():
-        check_bits(bits)
-    specs = {}
-    for name in names:
-        own = next((b for g, b in (overrides or {}).items() if fnmatchcase(name, g)), None)
-        specs[name] = spec if own is None else _with_bits(spec, own)
-    return specs
+def data_free() -> str:
+    """Return the names of the methods that need no data, for messages."""
+    names = [repr(n) for n, method in METHODS.items() if not method.needs_data and n != "auto"]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _with_bits(spec: QuantSpec, bits: int) -> QuantSpec:

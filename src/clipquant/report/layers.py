@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipquant.quant.codes.grid import Grid, dequantize_rows, row_chunks
 from clipquant.quant.codes.pack import packed_bytes
-from clipquant.quant.codes.tensor import QuantizedTensor, grid_of
+from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.report.record import Histogram, LayerRecord
 
@@ -105,7 +105,7 @@ def sqnr_of(weight: Tensor, tensor: QuantizedTensor) -> float:
     >>> sqnr_of(torch.ones(2, 3), quantize_weight(torch.ones(2, 3), QuantSpec(8)))
     inf
     """
-    matrix, grid = tensor.layout.fold(weight.detach()), grid_of(tensor)
+    matrix, grid = tensor.layout.fold(weight.detach()), tensor.grid
     signal = noise = 0.0
     for start, stop in row_chunks(*tensor.codes.shape):
         rows = matrix[start:stop]
@@ -157,7 +157,7 @@ def typical_levels(tensor: QuantizedTensor) -> tuple[tuple[float, ...], int]:
     row = _typical_row(tensor)
     bits = int(tensor.bits[row]) if isinstance(tensor.bits, Tensor) else tensor.bits
     steps = tensor.levels if tensor.levels is not None else (1 << bits) - 1
-    grid = grid_of(tensor)
+    grid = tensor.grid
     zero = None if grid.zero is None else _pick(grid.zero, row)
     one = Grid(_pick(grid.scale, row), zero, steps, steps + 1)
     codes = torch.arange(steps + 1, dtype=torch.uint8)[None]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from clipquant.export.parts.onnx_weights import emit_weight, stored_weight, stored_width
-from clipquant.quant.codes.grid import Grid
+from clipquant.quant.codes.grid import Coded, Grid
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.ranges import quantize_weight
 from clipquant.quant.codes.spec import QuantSpec
-from clipquant.quant.codes.tensor import QuantizedTensor, dequantize, from_codes
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.methods.rtn import quantize_weight
 
 
 def weight_model(tensor: QuantizedTensor, opset: int | None = None) -> onnx.ModelProto:
@@ -96,7 +96,7 @@ def test_symmetric_8_bit_codes_are_the_artifacts_around_zero():
 def test_an_integer_zero_becomes_the_zero_point():
     grid = Grid(torch.full((2, 1), 0.5), torch.tensor([[3.0], [0.0]]), 15, 4)
     codes = torch.tensor([[0, 3, 9, 15], [1, 2, 3, 4]], dtype=torch.uint8)
-    tensor = from_codes(codes, grid, 4, Layout((2, 4)), torch.float32, "rtn")
+    tensor = QuantizedTensor(Coded(codes, grid), 4, Layout((2, 4)), torch.float32)
     form = stored_weight(tensor)
     assert form.zero is None
     assert form.point.tolist() == [3, 0]
@@ -110,7 +110,9 @@ def test_rows_of_different_widths_take_the_widest(symmetric):
     scale = torch.rand(5, 1) + 0.5
     zero = None if symmetric else torch.rand(5, 1)
     grid = Grid(scale, zero, (2 ** bits.long() - 1)[:, None], 6)
-    tensor = from_codes(codes.to(torch.uint8), grid, bits, Layout((5, 6)), torch.float32, "rtn")
+    tensor = QuantizedTensor(
+        Coded(codes.to(torch.uint8), grid), bits, Layout((5, 6)), torch.float32
+    )
     assert stored_width(tensor) == 4
     assert close(run(weight_model(tensor)), dequantize(tensor))
 

@@ -5,11 +5,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from clipquant.quant.codes.grid import Grid, dequantize_rows, group, quantize_rows, ungroup
+from clipquant.quant.codes.grid import Coded, Grid, dequantize_rows, group, quantize_rows, ungroup
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.ranges import minmax_grid, quantize_weight
+from clipquant.quant.codes.ranges import minmax_grid
 from clipquant.quant.codes.spec import QuantSpec
-from clipquant.quant.codes.tensor import dequantize, grid_of
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.methods.rtn import quantize_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 finite = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
@@ -129,14 +130,12 @@ def test_quantizing_what_was_dequantized_gives_the_same_codes():
     weight = torch.randn(8, 30)
     for spec in (QuantSpec(8), QuantSpec(4), QuantSpec(3, granularity=7), QuantSpec(2, None, True)):
         quantized = quantize_weight(weight, spec)
-        grid = grid_of(quantized)
+        grid = quantized.grid
         again = quantize_rows(dequantize_rows(quantized.codes, grid), grid)
         assert torch.equal(again, quantized.codes)
 
 
 def test_a_bits_vector_gives_each_row_its_own_levels():
-    from clipquant.quant.codes.tensor import from_codes
-
     bits = torch.tensor([0, 1, 4], dtype=torch.uint8)
     levels = (2 ** bits.long() - 1).unsqueeze(1)
     scale = torch.tensor([[0.7], [1.0], [0.1]])
@@ -144,7 +143,7 @@ def test_a_bits_vector_gives_each_row_its_own_levels():
     grid = Grid(scale, zero, levels, 4)
     codes = quantize_rows(torch.tensor([[0.7] * 4, [-9.0, 9, -1, 1], [-0.8, 0, 0.3, 9]]), grid)
     assert codes.tolist() == [[0, 0, 0, 0], [0, 1, 0, 1], [0, 8, 11, 15]]
-    tensor = from_codes(codes, grid, bits, Layout((3, 4)), torch.float32, "rtn")
+    tensor = QuantizedTensor(Coded(codes, grid), bits, Layout((3, 4)), torch.float32)
     assert dequantize(tensor)[0].tolist() == pytest.approx([0.7] * 4)
     assert tensor.code_bits == 20
 

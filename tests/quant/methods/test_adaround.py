@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from clipquant import quantize
-from clipquant.quant.codes.grid import dequantize_rows
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.codes.tensor import dequantize
-from clipquant.quant.methods.adaround import adaround
-from clipquant.quant.methods.auto import data_free, nearest
-from clipquant.quant.methods.layerwise import calibrate
-from clipquant.quant.network.calibration import call_model
+from clipquant.quant.error.own_error import own_errors
+from clipquant.quant.methods import AdaRound, Gptq, Mse, Problem
+from clipquant.quant.methods.base import nearest, solved
+from clipquant.quant.network.calibration import Calibration, call_model
 from clipquant.quant.network.layers import select
 from clipquant.quant.network.outputs import distance, outputs_of, tensors_of
+from clipquant.quant.network.twin import Twin
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 
 
 class Looped(nn.Module):
@@ -69,6 +70,11 @@ def _inputs(*shape, count=4):
     return [torch.randn(shape) for _ in range(count)]
 
 
+def _problem(model, batches, spec):
+    targets = select(model).targets
+    return Problem(model, targets, {t.name: spec for t in targets}, Calibration(batches))
+
+
 def _apart(model, weights, batches):
     other = copy.deepcopy(model)
     other.load_state_dict(weights.state_dict())
@@ -89,7 +95,7 @@ def test_a_layer_that_feeds_itself_gains_most(bits):
     model, batches = Looped().eval(), _ids(12)
     seen, fresh = batches[:8], batches[8:]
     found = {
-        method: quantize_weights(model, bits, method=method, batches=seen)
+        method: quantize_weights(model, Recipe(bits, method=method), Calibration(seen))
         for method in ("rtn", "mse", "gptq", "adaround")
     }
     apart = {method: _apart(model, weights, fresh) for method, weights in found.items()}
@@ -112,16 +118,17 @@ def test_no_layer_is_worse_than_plain_rounding_nor_the_outputs_than_before(
     model, batches, bits, granularity
 ):
     model = model.eval()
-    targets = select(model).targets
-    specs = {t.name: QuantSpec(bits, granularity=granularity) for t in targets}
-    starts = (calibrate(model, targets, specs, batches), data_free(model, targets, specs, {}))
-    start = nearest(model, starts, targets, batches)
-    found = adaround(model, targets, specs, start, batches, steps=12)
-    for name, solution in found.solutions.items():
-        assert solution.error <= solution.rtn_error * (1 + 1e-6), name
+    problem = _problem(model, batches, QuantSpec(bits, granularity=granularity))
+    start = nearest(problem, solved(Gptq(), problem), solved(Mse(), problem))
+    found = AdaRound(steps=12).learned(problem, start)
+    errors = own_errors(Twin(model), problem.targets, problem.specs, problem.data)
+    for name, coded in found.codes.items():
+        if found.methods[name] == "adaround":
+            assert not errors[name].is_harmed(coded.values()), name
+    twins = (Twin(model), problem.twin(start), problem.twin(found))
     outputs = [
-        [[o.detach() for o in outputs_of(net, b, call_model, net)] for b in batches]
-        for net in (model, start.model, found.model)
+        [[o.detach() for o in outputs_of(twin, b, call_model, "")] for b in batches]
+        for twin in twins
     ]
     before, after = (
         sum(float(distance(o, w)) for o, w in zip(own, outputs[0], strict=True))
@@ -133,36 +140,37 @@ def test_no_layer_is_worse_than_plain_rounding_nor_the_outputs_than_before(
 
 def test_the_file_holds_the_network_that_was_judged():
     model, batches = Looped().eval(), _ids()
-    targets = select(model).targets
-    specs = {t.name: QuantSpec(3) for t in targets}
-    start = data_free(model, targets, specs, {})
-    found = adaround(model, targets, specs, start, batches, steps=40)
-    name = "layer.weight"
-    held = found.model.get_parameter(name)
-    layout = {t.name: t.layout for t in targets}[name]
-    solution = found.solutions[name]
-    assert found.model.decoder.weight is found.model.embedding.weight
-    assert torch.equal(held, layout.unfold(dequantize_rows(solution.codes, solution.grid)))
+    problem = _problem(model, batches, QuantSpec(3))
+    found = AdaRound(steps=40).learned(problem, solved(Mse(), problem))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with problem.twin(found).worn() as held:
+        assert held is model
+        for name in ("layer.weight", "embedding.weight"):
+            assert torch.equal(held.get_parameter(name), found.codes[name].values())
+        assert torch.equal(held.decoder.weight, held.embedding.weight)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_the_network_that_calibration_judges_by_is_the_one_that_is_saved():
     model, batches = Recurrent().eval(), _inputs(8, 5, 6)
-    targets = select(model).targets
-    specs = {t.name: QuantSpec(2) for t in targets}
-    found = calibrate(model, targets, specs, batches)
-    weights = quantize_weights(model, 2, method="gptq", batches=batches)
+    problem = _problem(model, batches, QuantSpec(2))
+    judged = problem.twin(solved(Gptq(), problem))
+    weights = quantize_weights(model, Recipe(2, method="gptq"), Calibration(batches))
     other = copy.deepcopy(model)
     other.load_state_dict(weights.state_dict())
     with torch.no_grad():
-        assert torch.allclose(found.model(batches[0]), other(batches[0]), atol=1e-6)
-        assert not torch.allclose(found.model(batches[0]), model(batches[0]), atol=1e-2)
+        outputs = judged.run(call_model, batches[0])
+        assert torch.allclose(outputs, other(batches[0]), atol=1e-6)
+        assert not torch.allclose(outputs, model(batches[0]), atol=1e-2)
 
 
 def test_the_same_data_give_the_same_codes_and_the_model_is_not_touched():
     model, batches = Looped(), _ids()
     model.train()
     before = copy.deepcopy(model.state_dict())
-    first, second = (quantize_weights(model, 2, method="adaround", batches=batches) for _ in "ab")
+    first, second = (
+        quantize_weights(model, Recipe(2, method="adaround"), Calibration(batches)) for _ in "ab"
+    )
     for name, tensor in first.tensors.items():
         assert torch.equal(dequantize(tensor), dequantize(second.tensors[name]))
     assert model.training
@@ -174,15 +182,16 @@ def test_the_same_data_give_the_same_codes_and_the_model_is_not_touched():
 def test_gradients_off_and_frozen_parameters_are_no_obstacle():
     model, batches = Looped().eval().requires_grad_(False), _ids()
     with torch.no_grad():
-        weights = quantize_weights(model, 2, method="adaround", batches=batches)
-    plain = quantize_weights(model, 2, method="mse")
+        weights = quantize_weights(model, Recipe(2, method="adaround"), Calibration(batches))
+    plain = quantize_weights(model, Recipe(2, method="mse"))
     assert _apart(model, weights, batches) < _apart(model, plain, batches)
 
 
 def test_auto_takes_plain_ranges_where_gptq_is_further_from_the_float_network():
     model, batches = Looped().eval(), _ids()
     found = {
-        m: quantize_weights(model, 3, method=m, batches=batches) for m in ("mse", "gptq", "auto")
+        m: quantize_weights(model, Recipe(3, method=m), Calibration(batches))
+        for m in ("mse", "gptq", "auto")
     }
     apart = {m: _apart(model, w, batches) for m, w in found.items()}
     assert apart["auto"] == pytest.approx(min(apart["mse"], apart["gptq"]), rel=1e-4)
@@ -198,10 +207,11 @@ def test_outputs_without_a_floating_tensor_are_refused():
             return self.table(x).argmax(1)
 
     # The layer's own outputs stand in for those of the model.
-    found = outputs_of(mute := Mute(), torch.zeros(2, 3).long(), call_model, mute.table)
+    mute = Twin(nn.Sequential(Mute(), nn.Identity()))
+    found = outputs_of(mute, torch.zeros(2, 3).long(), call_model, "0.table")
     assert [t.shape for t in found] == [(2, 4)]
     with pytest.raises(TypeError, match="method='gptq'"):
-        outputs_of(mute, torch.zeros(2, 3).long(), call_model, nn.Identity())
+        outputs_of(mute, torch.zeros(2, 3).long(), call_model, "1")
 
 
 def test_it_needs_data():

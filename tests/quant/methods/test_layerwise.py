@@ -7,17 +7,18 @@ import torch
 from torch import nn
 
 from clipquant.quant.codes.grid import dequantize_rows, quantize_rows
-from clipquant.quant.codes.ranges import minmax_grid
+from clipquant.quant.codes.ranges import minmax_grid, plain_rounding
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.error.walk import gptq_codes, plan_walk
-from clipquant.quant.methods.gptq import output_error_of, solve
-from clipquant.quant.methods.layerwise import calibrate
-from clipquant.quant.network.calibration import calibration_data
+from clipquant.quant.methods.gptq import Gptq, output_error_of
+from clipquant.quant.methods.layerwise import Layer
+from clipquant.quant.network.calibration import Calibration, calibration_data
 from clipquant.quant.network.layers import select
 from clipquant.quant.network.moments import observe
-from clipquant.quant.network.twin import twin
+from clipquant.quant.network.twin import Twin
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
 
 
 class Attention(nn.Module):
@@ -90,8 +91,8 @@ def test_gptq_lowers_the_output_error_of_every_kind_of_layer(kind):
     torch.manual_seed(0)
     make, draw = KINDS[kind]
     model, data = make(), draw()
-    plain = quantize_weights(model, 3, method="rtn")
-    found = quantize_weights(model, 3, method="gptq", batches=data)
+    plain = quantize_weights(model, Recipe(3, method="rtn"))
+    found = quantize_weights(model, Recipe(3, method="gptq"), Calibration(data))
     assert any(t.method == "gptq" for t in found.tensors.values())
     assert output_error(model, found, data) < output_error(model, plain, data)
 
@@ -103,25 +104,41 @@ def test_no_layer_is_worse_than_rounding_on_what_it_was_shown(kind, bits, granul
     torch.manual_seed(1)
     make, draw = KINDS[kind]
     model, data = make(), draw()
-    targets = select(model).targets
-    specs = {t.name: QuantSpec(bits, None, False, granularity) for t in targets}
-    found = calibrate(model, targets, specs, data)
-    for solution in found.solutions.values():
-        assert solution.error <= solution.rtn_error * (1 + 1e-6)
+    errors = {}
+    for method in ("gptq", "rtn"):
+        recipe = Recipe(bits, None, False, granularity, method)
+        weights = quantize_weights(model, recipe, Calibration(data))
+        errors[method] = centred_error(model, dequantize(weights.tensors["weight"]), data)
+    assert errors["gptq"] <= errors["rtn"] * (1 + 1e-4) + 1e-12
 
 
-def test_the_error_it_reports_is_that_of_the_layers_outputs():
-    """Moments against real outputs: with one layer the two must agree, bias corrected."""
+def centred_error(layer, weight, data):
+    """Return the squared error of a layer's outputs, without the mean that its bias can take up."""
+    other = copy.deepcopy(layer)
+    other.weight.data = weight
+    with torch.no_grad():
+        off = torch.cat([other(x) - layer(x) for x in data]).double()
+    channels = off.movedim(1, -1).reshape(-1, off.shape[1]) if off.dim() > 2 else off
+    return float((channels - channels.mean(0)).square().mean(0).sum())
+
+
+def test_the_error_by_moments_is_that_of_the_layers_outputs():
     torch.manual_seed(2)
     layer, data = nn.Linear(10, 4), images(10)
     target = select(layer).targets[0]
-    moments = observe((twin(layer),) * 2, [target], data)[target.name]
-    found = solve(layer.weight.detach(), QuantSpec(2), moments, centred=False)
+    moments = observe((Twin(layer),) * 2, [target], Calibration(data))[target.name]
+    matrix, spec = layer.weight.detach(), QuantSpec(2)
+    error = output_error_of(moments, 0, False)
     x = torch.cat(data)
-    truth = (x @ layer.weight.T).detach()
-    off = (x @ dequantize_rows(found.codes, found.grid).T - truth).detach()
-    measured = off.square().sum() / truth.square().sum()
-    assert found.error == pytest.approx(float(measured), rel=1e-3)
+    rtn, (gptq, method) = (
+        plain_rounding(matrix, spec),
+        Gptq().code(Layer(matrix, spec, moments, False)),
+    )
+    for coded in (rtn, gptq):
+        measured = (x @ (coded.values() - matrix).T).square().mean(0)
+        assert torch.allclose(error.of(coded), measured, rtol=1e-3)
+    assert method == "gptq"
+    assert (error.of(gptq) <= error.of(rtn) * (1 + 1e-6)).all()
 
 
 def test_the_walk_is_that_of_the_paper():
@@ -131,7 +148,7 @@ def test_the_walk_is_that_of_the_paper():
     layer = nn.Linear(7, 4, bias=False)
     layer.weight.data = w
     target = select(layer).targets[0]
-    moments = observe((twin(layer),) * 2, [target], [x])[target.name]
+    moments = observe((Twin(layer),) * 2, [target], Calibration([x]))[target.name]
     error = output_error_of(moments, 0, False).damped(w, 0.01)
     walk = plan_walk(error)
     grid = minmax_grid(w, QuantSpec(3))
@@ -149,7 +166,7 @@ def test_the_walk_is_that_of_the_paper():
         off = (rest[:, j] - dequantize_rows(one, grid)[:, 0].double()) / inverse[0, 0]
         rest[:, left] -= off[:, None] * inverse[0][None]
         left = left[1:]
-    ours = gptq_codes(walk, grid)
+    ours = gptq_codes(walk, grid).codes
     assert (ours == codes).float().mean() > 0.95  # float32 may tip a code that stands between two
 
 
@@ -162,7 +179,7 @@ def test_a_layer_never_reached_is_quantized_without_data_and_says_so():
         def forward(self, x):
             return self.used(x)
 
-    weights = quantize_weights(Half(), 3, method="gptq", batches=images(6))
+    weights = quantize_weights(Half(), Recipe(3, method="gptq"), Calibration(images(6)))
     assert weights.tensors["idle.weight"].method == "mse"
     assert "never reach this layer" in weights.notes["idle.weight"]
 
@@ -171,12 +188,14 @@ def test_inputs_that_are_not_finite_are_refused_by_layer_and_batch():
     data = images(12)
     data[2][0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"inputs of weight hold NaN or infinity in .* batch 2"):
-        quantize_weights(nn.Linear(12, 6), 3, method="gptq", batches=data)
+        quantize_weights(nn.Linear(12, 6), Recipe(3, method="gptq"), Calibration(data))
 
 
 def test_a_batch_that_the_model_cannot_take_is_named():
     with pytest.raises(RuntimeError, match=r"could not run on calibration batch 0 \(Tensor\)"):
-        quantize_weights(nn.Linear(12, 6), 3, method="gptq", batches=[torch.zeros(2, 5)])
+        quantize_weights(
+            nn.Linear(12, 6), Recipe(3, method="gptq"), Calibration([torch.zeros(2, 5)])
+        )
 
 
 def test_dead_inputs_and_zero_channels_are_no_obstacle():
@@ -185,7 +204,7 @@ def test_dead_inputs_and_zero_channels_are_no_obstacle():
     layer.weight.data[2] = 0
     for x in data:
         x[:, 5] = 0
-    weights = quantize_weights(layer, 2, method="gptq", batches=data)
+    weights = quantize_weights(layer, Recipe(2, method="gptq"), Calibration(data))
     values = dequantize(weights.tensors["weight"])
     assert torch.equal(values[2], torch.zeros(12))
     assert values.isfinite().all()
@@ -195,7 +214,9 @@ def test_the_same_data_give_the_same_bytes_and_the_model_is_not_touched():
     torch.manual_seed(5)
     model, data = KINDS["shared and tied"][0](), KINDS["shared and tied"][1]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    one, two = (quantize_weights(model, 3, method="gptq", batches=data) for _ in range(2))
+    one, two = (
+        quantize_weights(model, Recipe(3, method="gptq"), Calibration(data)) for _ in range(2)
+    )
     for name, tensor in one.tensors.items():
         assert torch.equal(tensor.codes, two.tensors[name].codes)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -210,7 +231,7 @@ def test_data_free_ranges_lower_the_weights_own_error(method, bits):
     layer.weight.data = torch.distributions.StudentT(3.0).sample((32, 64))
     errors = {}
     for name in ("rtn", method):
-        values = dequantize(quantize_weights(layer, bits, method=name).tensors["weight"])
+        values = dequantize(quantize_weights(layer, Recipe(bits, method=name)).tensors["weight"])
         power = 2 if method == "mse" else 0.7  # what the method minimizes
         errors[name] = float((values - layer.weight.detach()).abs().pow(power).sum())
     assert errors[method] < errors["rtn"]
@@ -218,7 +239,7 @@ def test_data_free_ranges_lower_the_weights_own_error(method, bits):
 
 def test_calibration_without_data_is_refused():
     with pytest.raises(ValueError, match="method='gptq' calibrates on data; got none"):
-        quantize_weights(nn.Linear(4, 4), 4, method="gptq")
+        quantize_weights(nn.Linear(4, 4), Recipe(4, method="gptq"))
     with pytest.raises(ValueError, match="the data gave none"):
         calibration_data([], 4)
     with pytest.raises(RuntimeError, match="raised at batch 1: KeyError"):

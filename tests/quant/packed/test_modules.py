@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from clipquant.quant.codes.grid import Coded, row_levels
+from clipquant.quant.codes.pack import pack_tensor, unpack_tensor
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.packed.modules import packed_copy
-from clipquant.quant.packed.weight import PackedWeight, pack_tensor, unpack_tensor
+from clipquant.quant.packed.weight import PackedWeight
 from clipquant.quant.quantize import quantize_weights
+from clipquant.quant.recipe import Recipe
+
+
+def with_rows(tensor, codes, bits):
+    """Return the tensor with other codes, each row of a width of its own."""
+    grid = replace(tensor.grid, levels=row_levels(bits))
+    return replace(tensor, coded=Coded(codes, grid), bits=bits)
 
 
 class Layers(nn.Module):
@@ -53,7 +62,7 @@ def dequantized(model, weights):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_outputs_are_those_of_the_dequantized_model(layers, bits):
-    weights = quantize_weights(layers, bits, granularity="channel" if bits % 2 else 3)
+    weights = quantize_weights(layers, Recipe(bits, granularity="channel" if bits % 2 else 3))
     packed = packed_copy(layers, weights)
     expected = outputs(dequantized(layers, weights))
     assert torch.equal(outputs(packed), expected)
@@ -62,14 +71,14 @@ def test_outputs_are_those_of_the_dequantized_model(layers, bits):
 
 
 def test_the_weights_take_their_packed_bytes(layers):
-    packed = packed_copy(layers, quantize_weights(layers, 2))
+    packed = packed_copy(layers, quantize_weights(layers, Recipe(2)))
     held = packed.attention.packed_in_proj_weight
     assert held.codes2.nbytes == 24 * 8 // 4
     assert "in_proj_weight" not in packed.attention._parameters
 
 
 def test_tied_layers_share_their_codes(layers):
-    packed = packed_copy(layers, quantize_weights(layers, 4))
+    packed = packed_copy(layers, quantize_weights(layers, Recipe(4)))
     assert packed.decoder.packed_weight is packed.embedding.packed_weight
 
 
@@ -80,17 +89,19 @@ def test_layers_keep_their_class(layers):
 
 
 def test_the_state_dict_round_trips(layers):
-    weights = quantize_weights(layers, 3)
+    weights = quantize_weights(layers, Recipe(3))
     packed = packed_copy(layers, weights)
-    other = packed_copy(Layers(), quantize_weights(Layers(), 3))
+    other = packed_copy(Layers(), quantize_weights(Layers(), Recipe(3)))
     other.load_state_dict(packed.state_dict(), strict=True)
     assert torch.equal(outputs(other), outputs(packed))
     with pytest.raises(RuntimeError, match="codes3"):
-        packed_copy(Layers(), quantize_weights(Layers(), 4)).load_state_dict(packed.state_dict())
+        packed_copy(Layers(), quantize_weights(Layers(), Recipe(4))).load_state_dict(
+            packed.state_dict()
+        )
 
 
 def test_a_change_of_dtype_reaches_the_weight_and_not_the_scales(layers):
-    weights = quantize_weights(layers, 4, granularity="tensor")
+    weights = quantize_weights(layers, Recipe(4, granularity="tensor"))
     packed = packed_copy(layers, weights).to(torch.bfloat16)
     held = packed.conv.packed_weight
     assert packed.conv.weight.dtype == torch.bfloat16
@@ -101,13 +112,13 @@ def test_a_change_of_dtype_reaches_the_weight_and_not_the_scales(layers):
 
 
 def test_a_move_reaches_every_buffer(layers):
-    packed = packed_copy(layers, quantize_weights(layers, 4)).to("meta")
+    packed = packed_copy(layers, quantize_weights(layers, Recipe(4))).to("meta")
     assert {buffer.device.type for buffer in packed.buffers()} == {"meta"}
     assert packed.conv.weight.device.type == "meta"
 
 
 def test_a_replica_with_buffers_of_its_own_gives_the_same(layers):
-    packed = packed_copy(layers, quantize_weights(layers, 4))
+    packed = packed_copy(layers, quantize_weights(layers, Recipe(4)))
     copies = {module: module._replicate_for_data_parallel() for module in packed.modules()}
     for module, replica in copies.items():
         for name, child in module._modules.items():
@@ -122,7 +133,7 @@ def test_a_replica_with_buffers_of_its_own_gives_the_same(layers):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_compiled_model_gives_the_same(bits):
     model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ReLU(), nn.Linear(6, 3)).eval()
-    packed = packed_copy(model, quantize_weights(model, bits))
+    packed = packed_copy(model, quantize_weights(model, Recipe(bits)))
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 4, 8)
     assert torch.allclose(outputs(compiled, x), outputs(packed, x), atol=1e-6)
@@ -131,23 +142,23 @@ def test_a_compiled_model_gives_the_same(bits):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rows_of_different_widths(symmetric):
     layer = nn.Linear(9, 6)
-    tensor = quantize_weights(layer, 8, symmetric=symmetric).tensors["weight"]
+    tensor = quantize_weights(layer, Recipe(8, symmetric=symmetric)).tensors["weight"]
     bits = torch.tensor([8, 0, 3, 1, 3, 5], dtype=torch.uint8)
     codes = (tensor.codes % (2 ** bits.long())[:, None]).to(torch.uint8)
-    tensor = replace(tensor, codes=codes, bits=bits, levels=None)
+    tensor = with_rows(tensor, codes, bits)
     packed = pack_tensor(tensor)
     assert torch.equal(unpack_tensor(packed).codes, codes)
     assert torch.equal(PackedWeight(packed)(), dequantize(tensor))
 
 
 def test_a_packed_weight_is_read_only(layers):
-    packed = packed_copy(layers, quantize_weights(layers, 4))
+    packed = packed_copy(layers, quantize_weights(layers, Recipe(4)))
     with pytest.raises(KeyError, match="weight"):
         packed.conv.weight = nn.Parameter(torch.zeros(8, 8, 3))
 
 
 def test_backward_reaches_what_lies_before_a_packed_layer(layers):
-    packed = packed_copy(layers, quantize_weights(layers, 4))
+    packed = packed_copy(layers, quantize_weights(layers, Recipe(4)))
     x = torch.randn(2, 8, 5, requires_grad=True)
     packed.conv(x).sum().backward()
     assert x.grad.abs().sum() > 0
@@ -183,7 +194,7 @@ def mixed_rows(tensor):
     """The weight with 0 to 8 bits a row."""
     bits = torch.arange(tensor.layout.rows).mul(5).remainder(9).to(torch.uint8)
     codes = (tensor.codes % (2 ** bits.long())[:, None]).to(torch.uint8)
-    return replace(tensor, codes=codes, bits=bits, levels=None)
+    return with_rows(tensor, codes, bits)
 
 
 @pytest.mark.parametrize("bits", [*range(1, 9), "rows"])
@@ -192,7 +203,9 @@ def test_a_layer_run_in_blocks_gives_what_the_dequantized_layer_gives(kind, bits
     layer, inputs = BLOCKWISE[kind]
     layer = copy.deepcopy(layer).eval()
     for granularity in ("tensor", "channel", 3):
-        weights = quantize_weights(layer, 8 if bits == "rows" else bits, granularity=granularity)
+        weights = quantize_weights(
+            layer, Recipe(8 if bits == "rows" else bits, granularity=granularity)
+        )
         if bits == "rows" and granularity != "tensor":
             weights = replace(weights, tensors={"weight": mixed_rows(weights.tensors["weight"])})
         with torch.no_grad():
@@ -211,13 +224,13 @@ def test_a_layer_of_several_blocks_is_never_dequantized_whole(small_blocks, monk
     monkeypatch.setattr(PackedWeight, "forward", lambda self: asked.append(self))
     for kind, (layer, inputs) in BLOCKWISE.items():
         if "grouped" not in kind:
-            packed_copy(layer, quantize_weights(layer, 4))(*inputs)
+            packed_copy(layer, quantize_weights(layer, Recipe(4)))(*inputs)
     assert asked == []
 
 
 def test_gradients_pass_through_blocks(small_blocks):
     layer, (x,) = BLOCKWISE["linear"]
-    weights = quantize_weights(layer, 4)
+    weights = quantize_weights(layer, Recipe(4))
     found = []
     for model in (dequantized(layer, weights), packed_copy(layer, weights)):
         given = x.clone().requires_grad_()
@@ -228,7 +241,7 @@ def test_gradients_pass_through_blocks(small_blocks):
 
 @pytest.mark.parametrize("index", [-1, 19])
 def test_an_index_outside_the_table_is_refused(index, small_blocks):
-    packed = packed_copy(nn.Embedding(19, 5), quantize_weights(nn.Embedding(19, 5), 3))
+    packed = packed_copy(nn.Embedding(19, 5), quantize_weights(nn.Embedding(19, 5), Recipe(3)))
     with pytest.raises(IndexError, match=f"0 to 18; got .*{index}"):
         packed(torch.tensor([0, index]))
 
@@ -239,7 +252,7 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it(small_blocks):
             return 2 * super().forward(x)
 
     layer = Twice(5, 19)
-    weights = quantize_weights(layer, 4)
+    weights = quantize_weights(layer, Recipe(4))
     x = torch.randn(2, 5)
     assert torch.equal(
         outputs(packed_copy(layer, weights), x), outputs(dequantized(layer, weights), x)
@@ -248,7 +261,7 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it(small_blocks):
 
 def test_a_compiled_layer_of_several_blocks_holds_its_weight_whole_in_the_graph(small_blocks):
     model = nn.Sequential(nn.Embedding(19, 6), nn.Linear(6, 33)).eval()
-    packed = packed_copy(model, quantize_weights(model, 4))
+    packed = packed_copy(model, quantize_weights(model, Recipe(4)))
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
     ids = torch.tensor([[1, 18]])
     assert torch.allclose(outputs(compiled, ids), outputs(packed, ids), atol=1e-6)

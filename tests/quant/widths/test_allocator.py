@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from clipquant.artifact import read_artifact, save_artifact
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.codes.weights import QuantizedWeights
+from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import select
 from clipquant.quant.network.moments import observe
+from clipquant.quant.network.twin import Twin
 from clipquant.quant.widths.allocator import allocator, output_curvature
 from clipquant.quant.widths.sensitivity import output_divergence, squared_gradients
 
@@ -30,7 +32,7 @@ def test_squared_gradients_of_single_samples_are_their_mean() -> None:
     def loss(m: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
         return F.cross_entropy(m(batch), torch.tensor([1])), 1
 
-    found = squared_gradients(model, targets, x.split(1), loss)
+    found = squared_gradients(model, targets, Calibration(x.split(1)), loss)
     expected = torch.zeros(5, 6)
     for row in x:
         model.zero_grad()
@@ -44,7 +46,7 @@ def test_divergence_has_the_curvature_of_the_kl_on_average() -> None:
     targets = select(model).targets
     generator = torch.Generator().manual_seed(0)
     found = squared_gradients(
-        model, targets, [x] * 3000, lambda m, b: output_divergence(m(b), generator)
+        model, targets, Calibration([x] * 3000), lambda m, b: output_divergence(m(b), generator)
     )["weight"]
     p = model(x).softmax(1).detach()
     exact = torch.einsum("nc,nd->cd", p * (1 - p), x.square()) / 8
@@ -55,19 +57,21 @@ def test_a_loss_that_is_not_finite_or_reaches_nothing_is_told() -> None:
     model = net()
     targets = select(model).targets
     with pytest.raises(ValueError, match="batch 1 is nan"):
-        squared_gradients(model, targets, [0], lambda m, b: (m[0].weight.sum() * float("nan"), 1))
+        squared_gradients(
+            model, targets, Calibration([0]), lambda m, b: (m[0].weight.sum() * float("nan"), 1)
+        )
     with pytest.raises(ValueError, match="no batch"):
-        squared_gradients(model, targets, [], lambda m, b: (m[0].weight.sum(), 1))
+        squared_gradients(model, targets, Calibration([]), lambda m, b: (m[0].weight.sum(), 1))
     free = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError, match="no weight to quantize has a gradient"):
-        squared_gradients(model, targets, [0], lambda m, b: (free.sum(), 1))
+        squared_gradients(model, targets, Calibration([0]), lambda m, b: (free.sum(), 1))
 
 
 def test_rows_of_many_widths_survive_the_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = net()
     selection = select(model)
     fisher = {t.name: torch.rand(t.layout.rows, t.layout.columns) for t in selection.targets}
-    found = allocator(model, selection, fisher, [torch.randn(64, 6)])
+    found = allocator(model, selection, fisher, Calibration([torch.randn(64, 6)]))
     bits = {
         "0.weight": torch.tensor([0, 1, 3, 5, 8], dtype=torch.uint8),
         "2.weight": torch.tensor([2, 0, 7], dtype=torch.uint8),
@@ -97,8 +101,8 @@ def test_output_curvature_is_the_gradients_of_the_outputs() -> None:
         sign = torch.randn(len(batch), 4)
         return (m(batch) * sign * pull).sum() / len(batch), len(batch)
 
-    fisher = squared_gradients(model, targets, [x] * 200, loss)["weight"]
-    moments = observe((model, model), targets, [x])["weight"]
+    fisher = squared_gradients(model, targets, Calibration([x] * 200), loss)["weight"]
+    moments = observe((Twin(model),) * 2, targets, Calibration([x]))["weight"]
     assert torch.allclose(output_curvature(fisher, moments).float(), pull.square(), rtol=0.15)
 
 
@@ -108,7 +112,7 @@ def test_the_bias_gives_back_the_mean_that_the_codes_lose() -> None:
     x = torch.randn(256, 20) + 2
     selection = select(model)
     fisher = {t.name: torch.rand(t.layout.rows, t.layout.columns) for t in selection.targets}
-    found = allocator(model, selection, fisher, [x])
+    found = allocator(model, selection, fisher, Calibration([x]))
     state = found.weights(found.uniform(2)).state_dict()
     assert not torch.equal(state["0.bias"], model[0].bias)
     mean = F.linear(x, state["0.weight"], state["0.bias"]).mean(0)
@@ -122,7 +126,11 @@ def test_weights_whose_inputs_are_unknown_are_rounded_and_say_so() -> None:
     fisher = {t.name: torch.rand(t.layout.rows, t.layout.columns) for t in selection.targets}
     batch = torch.randint(0, 9, (40,))
     found = allocator(
-        model, selection, fisher, [batch], forward=lambda m, b: m[1](m[0](b)), fixed={"1.weight": 3}
+        model,
+        selection,
+        fisher,
+        Calibration([batch], lambda m, b: m[1](m[0](b))),
+        fixed={"1.weight": 3},
     )
     weights = found.weights(found.uniform(4))
     assert {n: t.method for n, t in weights.tensors.items()} == {
@@ -140,7 +148,7 @@ def test_a_bias_that_two_layers_share_is_left_alone() -> None:
     model[1].bias = model[0].bias
     selection = select(model)
     fisher = {t.name: torch.rand(5, 5) for t in selection.targets}
-    found = allocator(model, selection, fisher, [torch.randn(30, 5) + 1])
+    found = allocator(model, selection, fisher, Calibration([torch.randn(30, 5) + 1]))
     state = found.weights(found.uniform(1)).state_dict()
     assert torch.equal(state["0.bias"], model[0].bias)
     assert torch.equal(state["1.bias"], model[0].bias)
@@ -166,7 +174,7 @@ def _gain_of_statistics(seed: int) -> float:
     model.eval()
     selection = select(model)
     fisher = {t.name: torch.rand(t.layout.rows, t.layout.columns) for t in selection.targets}
-    found = allocator(model, selection, fisher, [x])
+    found = allocator(model, selection, fisher, Calibration([x]))
     plain = found.weights(found.uniform(1))
     settled = found.settled(plain)
     assert {n for n in plain.floats if not torch.equal(plain.floats[n], settled.floats[n])} <= {
@@ -192,9 +200,12 @@ def test_tokens_that_no_batch_has_and_layers_that_no_loss_meets_keep_bits() -> N
 
     selection = select(model)
     fisher = squared_gradients(
-        model, selection.targets, [batch], lambda m, b: output_divergence(forward(m, b))
+        model,
+        selection.targets,
+        Calibration([batch]),
+        lambda m, b: output_divergence(forward(m, b)),
     )
-    found = allocator(model, selection, fisher, [batch], forward=forward)
+    found = allocator(model, selection, fisher, Calibration([batch], forward))
     assert not fisher["table.weight"][25:].any()
     bits = found.frontier.fill(found.frontier.most_bytes // 2)
     assert bits["aside.weight"].unique().tolist() == [8]

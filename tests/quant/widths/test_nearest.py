@@ -34,7 +34,7 @@ def test_losses_are_the_squared_errors_counted_by_the_gradients() -> None:
     matrix, fisher = torch.randn(5, 30), torch.rand(5, 30)
     table = nearest_rows(matrix, fisher, [0, 2, 8], 30)
     bits = torch.tensor([0, 2, 8, 2, 0], dtype=torch.uint8)
-    values = dequantize_rows(*table.take(bits))
+    values = table.take(bits).values()
     expected = (fisher.double() * (values.double() - matrix.double()) ** 2).sum(1)
     assert torch.allclose(table.errors.gather(1, bits.long()[:, None])[:, 0], expected, rtol=1e-5)
     assert torch.isinf(table.errors[:, [1, 3, 4, 5, 6, 7]]).all()
@@ -47,5 +47,5 @@ def test_a_constant_row_is_exact_at_every_width(value: float, group_size: int) -
     matrix = torch.cat([torch.full((1, 12), value), torch.randn(1, 12)])
     table = nearest_rows(matrix, torch.rand(2, 12), range(9), group_size)
     for width in range(9):
-        found = dequantize_rows(*table.take(torch.tensor([width, 8], dtype=torch.uint8)))
+        found = table.take(torch.tensor([width, 8], dtype=torch.uint8)).values()
         assert torch.equal(found[0], matrix[0])

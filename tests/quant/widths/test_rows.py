@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clipquant.quant.widths import rows as row_gptq
-from clipquant.quant.codes.grid import dequantize_rows, quantize_rows
-from clipquant.quant.codes.ranges import minmax_grid
+from clipquant.quant.codes.grid import Coded, dequantize_rows, quantize_rows
+from clipquant.quant.codes.ranges import extremes, grid_between, minmax_grid, recentre
 from clipquant.quant.codes.spec import QuantSpec
-from clipquant.quant.methods.gptq import solve
+from clipquant.quant.methods.gptq import Gptq
+from clipquant.quant.methods.layerwise import Layer
 from clipquant.quant.network.moments import Moments
-from clipquant.quant.widths.rows import solve_rows
+from clipquant.quant.widths.rows import RowGptq, solve_rows
 from clipquant.quant.widths.table import RowTable
 
 
@@ -36,7 +36,7 @@ def inputs(groups: int, positions: int, columns: int) -> Tensor:
 def output_errors(table: RowTable, width: int, matrix: Tensor, x: Tensor, centred: bool) -> Tensor:
     """Return each row's mean squared output error, from the inputs themselves."""
     rows = len(matrix)
-    values = dequantize_rows(*table.take(torch.full((rows,), width, dtype=torch.uint8)))
+    values = table.take(torch.full((rows,), width, dtype=torch.uint8)).values()
     return _errors(values, matrix, x, centred)
 
 
@@ -57,8 +57,11 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     matrix, x = torch.randn(8, 24) * torch.rand(8, 1), inputs(groups, 60, 24)
     table = solve_rows(matrix, moments(x, matrix), range(9), group_size, centred=centred)
     for width in range(1, 9):
-        grid = minmax_grid(matrix, QuantSpec(width, symmetric=False, granularity=group_size))
-        plain = _errors(dequantize_rows(quantize_rows(matrix, grid), grid), matrix, x, centred)
+        spec = QuantSpec(width, symmetric=False, granularity=group_size)
+        low, high = extremes(matrix, spec)
+        grid = grid_between(low, high, spec, matrix.shape[1])  # rounded as the table's scales are
+        grid = recentre(grid, table.coded[width].grid.scale.dtype, low == high)
+        plain = _errors(Coded.nearest(matrix, grid).values(), matrix, x, centred)
         found = output_errors(table, width, matrix, x, centred)
         assert (found <= plain * 1.01 + 1e-9).all()
 
@@ -69,8 +72,8 @@ def test_all_widths_together_are_as_good_as_one_alone(width: int) -> None:
     matrix, x = torch.randn(32, 48), inputs(1, 400, 48)
     seen = moments(x, matrix)
     table = solve_rows(matrix, seen, range(9), 48, centred=False)
-    one = solve(matrix, QuantSpec(width, symmetric=False), seen, centred=False)
-    alone = _errors(dequantize_rows(one.codes, one.grid), matrix, x, False)
+    one, _ = Gptq().code(Layer(matrix, QuantSpec(width, symmetric=False), seen, False))
+    alone = _errors(one.values(), matrix, x, False)
     together = output_errors(table, width, matrix, x, False)
     grid = minmax_grid(matrix, QuantSpec(width, symmetric=False))
     plain = _errors(dequantize_rows(quantize_rows(matrix, grid), grid), matrix, x, False)
@@ -88,7 +91,7 @@ def test_errors_are_those_of_the_outputs_with_the_damping(centred: bool) -> None
     )
     pull = 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)
     for width in range(9):
-        values = dequantize_rows(*table.take(torch.full((6,), width, dtype=torch.uint8)))
+        values = table.take(torch.full((6,), width, dtype=torch.uint8)).values()
         off = (values - matrix).double().square().sum(1)
         expected = output_errors(table, width, matrix, x, centred)
         expected = expected + off * pull.repeat_interleave(3)
@@ -101,7 +104,7 @@ def test_the_shift_is_the_mean_output_lost() -> None:
     matrix, x = torch.randn(6, 20), inputs(1, 300, 20)
     table = solve_rows(matrix, moments(x, matrix), range(9), 20, centred=True)
     bits = torch.tensor([0, 1, 2, 3, 5, 8], dtype=torch.uint8)
-    lost = ((matrix - dequantize_rows(*table.take(bits))) @ x[0].T).mean(1)
+    lost = ((matrix - table.take(bits).values()) @ x[0].T).mean(1)
     shift = table.shift(bits)
     assert shift is not None
     assert torch.allclose(shift, lost, atol=1e-4)
@@ -116,20 +119,18 @@ def test_a_constant_row_is_exact_at_every_width(value: float, group_size: int) -
         matrix, moments(inputs(1, 50, 16), matrix), range(9), group_size, centred=True
     )
     for width in range(9):
-        found = dequantize_rows(*table.take(torch.tensor([width, 8], dtype=torch.uint8)))
+        found = table.take(torch.tensor([width, 8], dtype=torch.uint8)).values()
         assert torch.equal(found[0], matrix[0])
 
 
-def test_rows_do_not_depend_on_how_many_are_worked_on_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_do_not_depend_on_how_many_are_worked_on_at_once() -> None:
     torch.manual_seed(0)
     matrix, x = torch.randn(10, 20), inputs(1, 200, 20)
     whole = solve_rows(matrix, moments(x, matrix), [0, 2, 4], 20, centred=False)
-    monkeypatch.setattr(row_gptq, "_VALUES", 20 * 2 * 3)
-    parts = solve_rows(matrix, moments(x, matrix), [0, 2, 4], 20, centred=False)
+    few = RowGptq(at_once=20 * 2 * 3)
+    parts = solve_rows(matrix, moments(x, matrix), [0, 2, 4], 20, centred=False, knobs=few)
     assert torch.allclose(whole.errors, parts.errors, rtol=1e-3)
-    assert sorted(parts.codes) == [0, 2, 4]
+    assert sorted(parts.coded) == [0, 2, 4]
     assert torch.isinf(parts.errors[:, 1]).all()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipquant.quant.codes.grid import group, symmetric_zero
-from clipquant.quant.codes.tensor import QuantizedTensor, grid_of
+from clipquant.quant.codes.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +56,7 @@ class StoredWeight:
 def stored_width(tensor: QuantizedTensor, opset: int | None = None) -> int:
     """Return the narrowest width of ONNX integers, among those of `opset`, that holds the codes.
 
-    >>> from clipquant.quant.codes.ranges import quantize_weight
+    >>> from clipquant.quant.methods.rtn import quantize_weight
     >>> from clipquant.quant.codes.spec import QuantSpec
     >>> tensor = quantize_weight(torch.eye(4), QuantSpec(2))
     >>> stored_width(tensor), stored_width(tensor, opset=21), stored_width(tensor, opset=20)
@@ -83,7 +83,7 @@ def stored_weight(tensor: QuantizedTensor, opset: int | None = None) -> StoredWe
     """
     width = stored_width(tensor, opset)
     codes = tensor.codes.to(torch.int16)
-    grid, point, zero = grid_of(tensor), None, tensor.zero
+    grid, point, zero = tensor.grid, None, tensor.zero
     if zero is None:
         middle = torch.as_tensor(symmetric_zero(grid.levels))
         codes = codes - middle.to(torch.int16)

@@ -1,8 +1,9 @@
-"""Grids of evenly spaced values, and the inverse pair: weights to codes, codes to weights."""
+"""Grids of evenly spaced values, codes on them, and the inverse pair: weights to codes, codes to weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,10 +39,120 @@ class Grid:
         scale, zero, levels = (_rows(p, start, stop) for p in (self.scale, self.zero, self.levels))
         return Grid(scale, zero, levels, self.group_size)
 
+    def where(self, first: Tensor, other: Grid) -> Grid:
+        """Return this grid in the rows where `first`, bool (rows,), is true and `other` in the rest.
+
+        Both have the same steps; the wider dtype of the two is taken. A grid that all rows share
+        cannot be mixed: it is taken where `first` is true of every row.
+        """
+        if self.scale.shape[0] == 1 and len(first) > 1:
+            return self if bool(first.all()) else other
+        dtype, rows = torch.promote_types(self.scale.dtype, other.scale.dtype), first[:, None]
+        mine, theirs = self.to(dtype), other.to(dtype)
+        zero = mine.zero
+        if mine.zero is not None and theirs.zero is not None:
+            zero = torch.where(rows, mine.zero, theirs.zero)
+        return replace(mine, scale=torch.where(rows, mine.scale, theirs.scale), zero=zero)
+
+    @classmethod
+    def stack(cls, grids: Sequence[Grid]) -> Grid:
+        """Return the grids of consecutive rows as one, in the widest of their dtypes.
+
+        Where their steps differ, each row keeps its own.
+        """
+        dtype = functools.reduce(torch.promote_types, (grid.scale.dtype for grid in grids))
+        grids = [grid.to(dtype) for grid in grids]
+        zeros = [grid.zero for grid in grids if grid.zero is not None]
+        zero = torch.cat(zeros) if len(zeros) == len(grids) else None
+        return cls(
+            torch.cat([g.scale for g in grids]), zero, _stacked_levels(grids), grids[0].group_size
+        )
+
 
 def _rows(part: Any, start: int, stop: int) -> Any:
     """Return some rows of what is a tensor with a row for each."""
     return part[start:stop] if isinstance(part, Tensor) and len(part) > 1 else part
+
+
+def _stacked_levels(grids: Sequence[Grid]) -> int | Tensor:
+    first = grids[0].levels
+    if isinstance(first, int) and all(
+        isinstance(g.levels, int) and g.levels == first for g in grids
+    ):
+        return first
+    parts = [torch.as_tensor(g.levels, device=g.scale.device).reshape(-1, 1) for g in grids]
+    return torch.cat([part.expand(len(g.scale), 1) for part, g in zip(parts, grids, strict=True)])
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix as codes on a grid.
+
+    Args:
+        codes: uint8 (rows, columns), each from 0 to the grid's levels.
+        grid: The values that they stand for.
+
+    >>> grid = Grid(torch.tensor([[0.5]]), torch.tensor([[1.0]]), 3, 4)
+    >>> Coded.nearest(torch.tensor([[-0.6, 0.0, 0.3, 9.0]]), grid).values()
+    tensor([[-0.5000,  0.0000,  0.5000,  1.0000]])
+    """
+
+    codes: Tensor
+    grid: Grid
+
+    @classmethod
+    def nearest(cls, matrix: Tensor, grid: Grid) -> Coded:
+        """Return the codes of the values that are nearest to a (rows, columns) matrix."""
+        return cls(quantize_rows(matrix, grid), grid)
+
+    def values(self) -> Tensor:
+        """Return the (rows, columns) matrix that the codes stand for."""
+        return dequantize_rows(self.codes, self.grid)
+
+    def rows(self, start: int, stop: int) -> Coded:
+        """Return some of the rows."""
+        return Coded(self.codes[start:stop], self.grid.rows(start, stop))
+
+    def takes(self, first: Tensor) -> Tensor:
+        """Return `first`, bool (rows,), or on a grid that all rows share whether it is true of all."""
+        if self.grid.scale.shape[0] == 1 and len(first) > 1:
+            return first.all().expand(len(first))
+        return first
+
+    def where(self, first: Tensor, other: Coded) -> Coded:
+        """Return these codes in the rows where `first`, bool (rows,), is true and `other` in the rest.
+
+        On a grid that all rows share, all or none are taken; see `Grid.where`.
+        """
+        first = self.takes(first)
+        codes = torch.where(first[:, None], self.codes, other.codes)
+        return Coded(codes, self.grid.where(first, other.grid))
+
+    def split(self, count: int) -> list[Coded]:
+        """Return the rows in `count` runs of equal length."""
+        size = -(-len(self.codes) // count)
+        return [self.rows(start, start + size) for start in range(0, len(self.codes), size)]
+
+    @classmethod
+    def stack(cls, parts: Sequence[Coded]) -> Coded:
+        """Return consecutive rows as one: the inverse of `split`."""
+        if len(parts) == 1:
+            return parts[0]
+        codes = torch.cat([part.codes for part in parts])
+        return cls(codes, Grid.stack([part.grid for part in parts]))
+
+
+def row_levels(bits: Tensor) -> Tensor:
+    """Return the steps of rows with widths of their own, int64 (rows, 1).
+
+    Args:
+        bits: uint8 (rows,), each 0 to 8.
+
+    >>> row_levels(torch.tensor([0, 4], dtype=torch.uint8))
+    tensor([[ 0],
+            [15]])
+    """
+    return (2 ** bits.to(torch.int64) - 1).unsqueeze(1)
 
 
 def symmetric_zero(levels: int | Tensor) -> int | Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from clipquant.quant.codes.grid import Grid, symmetric_zero
+from clipquant.quant.codes.grid import Coded, Grid, symmetric_zero
 
 _OFFSET_RATE, _GRID_RATE = 8e-2, 8e-3  # of Adam, over the number of codes
 _REACH = 1.0  # steps that a code may move from where its float weight lies
@@ -35,17 +35,18 @@ class Rounding:
     shift: Tensor | None
 
     @classmethod
-    def of(cls, matrix: Tensor, codes: Tensor, grid: Grid) -> Rounding:
-        """Return the rounding that starts at given codes of a float matrix.
+    def of(cls, matrix: Tensor, start: Coded) -> Rounding:
+        """Return the rounding of a float matrix that starts at given codes.
 
         >>> grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 3, 2)
-        >>> start = Rounding.of(torch.tensor([[0.6, 2.2]]), torch.tensor([[0, 2]]).byte(), grid)
-        >>> start.codes()
+        >>> first = Coded(torch.tensor([[0, 2]]).byte(), grid)
+        >>> Rounding.of(torch.tensor([[0.6, 2.2]]), first).coded().codes
         tensor([[0, 2]], dtype=torch.uint8)
         """
+        grid = start.grid
         step = _wide(torch.where(grid.scale == 0, torch.inf, grid.scale).float(), grid, matrix)
         position = matrix.float() / step
-        found = cls(
+        made = cls(
             position,
             grid,
             torch.zeros_like(position),
@@ -54,9 +55,10 @@ class Rounding:
             None if grid.zero is None else torch.zeros_like(grid.zero, dtype=torch.float32),
         )
         # Codes that are not the nearest ones, as GPTQ leaves them, need an offset to begin with.
-        found.offset = (codes - position - found._zero()) * (codes != found.codes())
-        found.reach = found.offset.abs().clamp(min=_REACH)
-        return found
+        off = start.codes - position - made._zero()
+        made.offset = off * (start.codes != made.coded().codes)
+        made.reach = made.offset.abs().clamp(min=_REACH)
+        return made
 
     def limit_(self) -> None:
         """Keep the offsets within their reach."""
@@ -79,17 +81,14 @@ class Rounding:
             self.grid.scale.float() * self.stretch.exp(), self.grid, place
         )
 
-    def codes(self) -> Tensor:
-        """Return the codes as they stand, uint8 (rows, columns)."""
-        return self._place().detach().round().to(torch.uint8)
-
-    def learned_grid(self) -> Grid:
-        """Return the grid as it stands, in the dtype that the first one had."""
+    def coded(self) -> Coded:
+        """Return codes and grid as they stand, the grid in the dtype that the first one had."""
         scale = self.grid.scale.float() * self.stretch.detach().exp()
         zero = self.grid.zero
         if zero is not None and self.shift is not None:
             zero = (zero.float() + self.shift.detach()).to(zero.dtype)
-        return replace(self.grid, scale=scale.to(self.grid.scale.dtype), zero=zero)
+        grid = replace(self.grid, scale=scale.to(self.grid.scale.dtype), zero=zero)
+        return Coded(self._place().detach().round().to(torch.uint8), grid)
 
     def _place(self) -> Tensor:
         """Return where the weights lie between the codes 0 and `levels`."""

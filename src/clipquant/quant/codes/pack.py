@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from clipquant.quant.codes.grid import Coded, Grid
+from clipquant.quant.codes.layout import Layout
+from clipquant.quant.codes.tensor import QuantizedTensor
 
 _CHUNK = 1 << 20  # codes at a time: their temporaries stay in a processor's cache
 
@@ -81,6 +86,50 @@ def packed_bytes(bits: int | Tensor, shape: tuple[int, ...]) -> int:
     if isinstance(bits, Tensor):
         return int(_row_bytes(bits, shape[1]).sum())
     return (math.prod(shape) * bits + 7) // 8
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A quantized weight whose codes are dense bytes; everything else as in `QuantizedTensor`.
+
+    Args:
+        data: uint8 (bytes,), as `pack` makes them.
+        grid: The values that the codes stand for.
+        bits: Width of a code, or uint8 (rows,) where each row has its own, 0 to 8.
+        layout: How the matrix folds back into the weight.
+        dtype: Floating dtype of the weight.
+        method: Name of the method that chose the codes.
+    """
+
+    data: Tensor
+    grid: Grid
+    bits: int | Tensor
+    layout: Layout
+    dtype: torch.dtype
+    method: str = "rtn"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix of codes."""
+        return self.layout.rows, self.layout.columns
+
+
+def pack_tensor(tensor: QuantizedTensor) -> PackedTensor:
+    """Return a quantized weight with its codes packed.
+
+    >>> grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 3, 4)
+    >>> coded = Coded(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), grid)
+    >>> pack_tensor(QuantizedTensor(coded, 2, Layout((1, 4)), torch.float32)).data
+    tensor([228], dtype=torch.uint8)
+    """
+    data = pack(tensor.codes, tensor.bits)
+    return PackedTensor(data, tensor.grid, tensor.bits, tensor.layout, tensor.dtype, tensor.method)
+
+
+def unpack_tensor(packed: PackedTensor) -> QuantizedTensor:
+    """Return a packed weight with its codes unpacked: the inverse of `pack_tensor`."""
+    coded = Coded(unpack(packed.data, packed.bits, packed.shape), packed.grid)
+    return QuantizedTensor(coded, packed.bits, packed.layout, packed.dtype, packed.method)
 
 
 def _row_bytes(bits: Tensor, columns: int) -> Tensor:

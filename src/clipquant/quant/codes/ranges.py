@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clipquant.quant.codes.grid import (
+    Coded,
     Grid,
     dequantize_rows,
     group,
@@ -15,9 +16,7 @@ from clipquant.quant.codes.grid import (
     row_chunks,
     symmetric_zero,
 )
-from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.spec import QuantSpec
-from clipquant.quant.codes.tensor import QuantizedTensor, from_codes
 
 _SHIFT = {
     torch.float16: 0.25,
@@ -170,101 +169,25 @@ def _group_error(matrix: Tensor, grid: Grid, weight: Tensor | None, spec: QuantS
     return group(torch.nn.functional.pad(error, (0, short)), grid.group_size).sum(2).double()
 
 
-def hqq_grid(matrix: Tensor, spec: QuantSpec) -> Grid:
-    """Return the min-max grid with each group's zero moved for a least sum of |error|**0.7.
+def plain_rounding(matrix: Tensor, spec: QuantSpec) -> Coded:
+    """Return a matrix rounded to the nearest values of its min-max grid (RTN).
 
-    Half-quadratic steps: the rounding error is shrunk towards sparsity, and the zero that explains the
-    rest is a group's mean. Symmetric grids have no zero to move and get `mse_grid`.
+    On a whole tensor's affine grid the codes are `round((w - min) / (max - min) * levels)`, evaluated in
+    float64 as it is written, so that they are those of the reference definition to the last one.
 
     Args:
         matrix: Floating (rows, columns).
-        spec: Steps, symmetry and granularity.
+        spec: The grid asked for.
 
-    Source:
-        Badri and Shaji 2023, "Half-Quadratic Quantization": p = 0.7, beta = 10, kappa = 1.01, 20 steps.
-
-    >>> hqq_grid(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), QuantSpec(bits=2)).scale
-    tensor([[1.]])
-    """
-    if spec.symmetric:
-        return mse_grid(matrix, spec)
-    low, high = extremes(matrix, spec)
-    grid = grid_between(low, high, spec, matrix.shape[1])
-    beta, best = 10.0, torch.inf
-    found = grid
-    for _ in range(20):
-        zero, error = _half_quadratic_step(matrix, grid, beta, spec)
-        if error >= best:
-            break
-        best, found = error, grid
-        grid = replace(grid, zero=torch.where(low == high, -1.0, zero))
-        beta *= 1.01
-    return narrow(found, low == high)
-
-
-def _half_quadratic_step(
-    matrix: Tensor, grid: Grid, beta: float, spec: QuantSpec
-) -> tuple[Tensor, float]:
-    """Return the next zeros, and the mean |error| of the grid as it is."""
-    codes = quantize_rows(matrix, grid)
-    error = matrix - dequantize_rows(codes, grid)
-    size = error.abs()
-    shrunk = error.sign() * (size - size.clamp(min=1e-8).pow(-0.3) / beta).clamp(min=0)
-    groups = (group(part, grid.group_size) for part in (codes.double(), (matrix - shrunk).double()))
-    q, w = groups
-    step = torch.where(grid.scale == 0, torch.inf, grid.scale)
-    zeros = q - w / step.unsqueeze(-1)
-    zero = zeros.mean().reshape(1, 1) if spec.granularity == "tensor" else zeros.mean(2)
-    return zero, float(size.mean())
-
-
-def minmax_codes(matrix: Tensor, spec: QuantSpec) -> tuple[Tensor, Grid]:
-    """Return codes `round((w - min) / (max - min) * levels)` of a whole tensor, and their grid.
-
-    The formula is evaluated in float64 as it is written, so that the codes are those of the
-    reference definition to the last one.
-
-    >>> minmax_codes(torch.tensor([[-1.0, 0.0, 1.0]]), QuantSpec(8, 8, False, "tensor"))[0]
+    >>> plain_rounding(torch.tensor([[-1.0, 0.0, 1.0]]), QuantSpec(8, 8, False, "tensor")).codes
     tensor([[0, 4, 8]], dtype=torch.uint8)
     """
+    if spec.granularity != "tensor" or spec.symmetric:
+        return Coded.nearest(matrix, minmax_grid(matrix, spec))
     low, high = extremes(matrix, spec)
     span = torch.where(high == low, 1.0, high - low)
     codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
     for start, stop in row_chunks(*matrix.shape):
         rows = matrix[start:stop].double()
         codes[start:stop].copy_((rows - low).div_(span).mul_(spec.steps).round_())
-    return codes, narrow(grid_between(low, high, spec, matrix.shape[1]), low == high)
-
-
-def quantize_weight(
-    weight: Tensor, spec: QuantSpec, layout: Layout | None = None
-) -> QuantizedTensor:
-    """Return a weight rounded to the nearest value of its min-max grid (RTN).
-
-    Args:
-        weight: Floating, of two dimensions or more.
-        spec: The grid asked for.
-        layout: Its output-channel axis. None: axis 0.
-
-    Returns:
-        Its codes and grid.
-
-    >>> quantize_weight(torch.tensor([[0.0, 1.0, 2.2, 3.0]]), QuantSpec(2)).codes
-    tensor([[0, 1, 2, 3]], dtype=torch.uint8)
-    """
-    layout = layout or Layout(tuple(weight.shape))
-    matrix = layout.fold(weight.detach())
-    if spec.granularity == "tensor" and not spec.symmetric:
-        codes, grid = minmax_codes(matrix, spec)
-    else:
-        grid = minmax_grid(matrix, spec)
-        codes = quantize_rows(matrix, grid)
-    return from_codes(codes, grid, spec.width, layout, weight.dtype, "rtn")
-
-
-def plain_rounding(matrix: Tensor, spec: QuantSpec) -> tuple[Tensor, Grid]:
-    """Return a weight's nearest codes on the min-max grid, and that grid."""
-    if spec.granularity == "tensor" and not spec.symmetric:
-        return minmax_codes(matrix, spec)
-    grid = minmax_grid(matrix, spec)
-    return quantize_rows(matrix, grid), grid
+    return Coded(codes, narrow(grid_between(low, high, spec, matrix.shape[1]), low == high))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from clipquant.errors import ArgumentError
+
 Granularity: TypeAlias = Literal["tensor", "channel"] | int
 
 MAX_BITS = 8
@@ -24,7 +26,7 @@ def check_bits(bits: Any, *, least: int = 1) -> int:
     4
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= MAX_BITS:
-        raise ValueError(
+        raise ArgumentError(
             f"bits must be a whole number from {least} to {MAX_BITS}; got {bits!r}. "
             "Use 8 for the widest grid, or bits='auto' with max_drop or max_size to have it chosen."
         )
@@ -65,7 +67,7 @@ class QuantSpec:
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", self.bits == MAX_BITS and self.levels is None)
         if self.symmetric and self.steps < 2:
-            raise ValueError(
+            raise ArgumentError(
                 "a symmetric grid needs 2 steps or more (a code each side of zero); "
                 f"bits={self.bits}, levels={self.levels} leave {self.steps}. Use symmetric=False, "
                 "or bits=2."
@@ -95,7 +97,7 @@ def _check_levels(levels: Any, bits: int) -> None:
         return
     most = 2**bits - 1
     if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= most:
-        raise ValueError(
+        raise ArgumentError(
             f"levels (steps of the grid) must be a whole number from 1 to 2**bits - 1 = {most}; "
             f"got {levels!r}. Leave it out for the finest grid of {bits} bits."
         )
@@ -105,7 +107,7 @@ def _check_granularity(granularity: Any) -> None:
     if granularity in ("tensor", "channel"):
         return
     if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
-        raise ValueError(
+        raise ArgumentError(
             "granularity must be 'tensor', 'channel' or a group size of 1 or more weights; "
             f"got {granularity!r}. 'channel' is the usual choice."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -33,6 +33,17 @@ class QuantizedWeights:
         state = {name: dequantize(tensor) for name, tensor in self.tensors.items()}
         state |= self.floats
         return state | {alias: state[name] for alias, name in self.aliases.items()}
+
+    def following(self, statistics: Mapping[str, Tensor]) -> QuantizedWeights:
+        """Return the same weights with BatchNorm statistics that follow them, named among what is left.
+
+        Args:
+            statistics: State-dict key -> new value.
+        """
+        why = "BatchNorm statistic, re-estimated for the quantized weights"
+        left = (replace(item, why=why) if item.name in statistics else item for item in self.left)
+        own = {name: value for name, value in statistics.items() if name in self.floats}
+        return replace(self, floats={**self.floats, **own}, left=tuple(left))
 
 
 def rest_of(

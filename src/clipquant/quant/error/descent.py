@@ -7,61 +7,58 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clipquant.quant.codes.grid import Grid, dequantize_rows, symmetric_zero, wide_grid
-from clipquant.quant.error.output_error import BLOCK, OutputError, mixed
+from clipquant.quant.codes.grid import Coded, Grid, symmetric_zero, wide_grid
+from clipquant.quant.error.output_error import BLOCK, OutputError
 
 SWEEPS = 6
 _ENOUGH = 1e-3  # a sweep that gains less than this share is the last
 
 
-def refine(
-    error: OutputError, codes: Tensor, grid: Grid, sweeps: int = SWEEPS
-) -> tuple[Tensor, Grid]:
-    """Return codes and a grid with no row's error above that of those given.
+def refine(error: OutputError, coded: Coded, sweeps: int = SWEEPS) -> Coded:
+    """Return codes on a grid with no row's error above that of those given.
 
     Descent: every column goes to its best code given all the others, then every group gets the scale
     (and zero) that is best for its codes; until little is gained.
 
     Args:
         error: What to lower.
-        codes: uint8 (rows, columns).
-        grid: Their grid.
+        coded: Where to start.
         sweeps: Most times that this is done.
 
     Source:
         Behdin et al. 2023, arXiv 2309.01885 (QuantEase), with the scales fitted by least squares.
 
     >>> error = OutputError(torch.eye(2), torch.tensor([[0.0, 1.5]]), torch.tensor([2.25]))
-    >>> codes, grid = refine(error, torch.tensor([[0, 0]]).byte(), Grid(torch.ones(1, 1), torch.zeros(1, 1), 1, 2))
-    >>> codes, grid.scale
+    >>> start = Coded(torch.tensor([[0, 0]]).byte(), Grid(torch.ones(1, 1), torch.zeros(1, 1), 1, 2))
+    >>> refined = refine(error, start)
+    >>> refined.codes, refined.grid.scale
     (tensor([[0, 1]], dtype=torch.uint8), tensor([[1.5000]]))
     """
-    best = codes, grid, error.of_codes(codes, grid)
+    best, least = coded, error.of(coded)
     for _ in range(sweeps):
-        values = dequantize_rows(best[0], best[1]).to(error.hessian.dtype)
-        slope = error.slope(values)
-        found, slope = descend(error.hessian, slope, best[0], best[1])
-        scaled = rescale(error.hessian, slope, found, best[1])
-        after = error.of_codes(found, scaled)
-        gain = (best[2] - after).clamp(min=0).sum()
-        best = mixed(after < best[2], (found, scaled, after), best)
-        if gain <= _ENOUGH * best[2].sum():
+        slope = error.slope(best.values().to(error.hessian.dtype))
+        moved, slope = descend(error.hessian, slope, best)
+        moved = rescale(error.hessian, slope, moved)
+        after = error.of(moved)
+        gain = (least - after).clamp(min=0).sum()
+        better = moved.takes(after < least)
+        best, least = moved.where(better, best), torch.where(better, after, least)
+        if gain <= _ENOUGH * least.sum():
             break
-    return best[0], best[1]
+    return best
 
 
-def descend(hessian: Tensor, slope: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def descend(hessian: Tensor, slope: Tensor, coded: Coded) -> tuple[Coded, Tensor]:
     """Return codes after one visit to every column, and the slope there.
 
     Args:
         hessian: (columns, columns).
         slope: (rows, columns): of the error at these codes.
-        codes: uint8 (rows, columns).
-        grid: Their grid.
+        coded: The codes, whose grid stays.
     """
-    rows, columns = codes.shape
-    scale, _, top = wide_grid(grid, rows, columns, hessian.dtype)
-    current, slope = codes.T.to(hessian.dtype).contiguous(), slope.T.contiguous()
+    rows, columns = coded.codes.shape
+    scale, _, top = wide_grid(coded.grid, rows, columns, hessian.dtype)
+    current, slope = coded.codes.T.to(hessian.dtype).contiguous(), slope.T.contiguous()
     curve = hessian.diagonal()[:, None] * scale
     rate = torch.where(curve > 0, 1 / curve, 0.0)
     for start in range(0, columns, BLOCK):
@@ -76,18 +73,19 @@ def descend(hessian: Tensor, slope: Tensor, codes: Tensor, grid: Grid) -> tuple[
             current[j] = code
         moved = (current[start:stop] - old).mul_(scale[start:stop])
         slope.addmm_(hessian[:, start:stop], moved)
-    return current.T.to(torch.uint8).contiguous(), slope.T
+    return replace(coded, codes=current.T.to(torch.uint8).contiguous()), slope.T
 
 
-def rescale(hessian: Tensor, slope: Tensor, codes: Tensor, grid: Grid) -> Grid:
-    """Return the grid whose scales (and zeros) are best for these codes, one group after the other.
+def rescale(hessian: Tensor, slope: Tensor, coded: Coded) -> Coded:
+    """Return the codes on the grid whose scales (and zeros) are best for them, one group after the other.
 
     A group changes only where that lowers its row's output error, rounded to the grid's dtype. A grid
     that all rows share stays.
     """
+    codes, grid = coded.codes, coded.grid
     rows, columns = codes.shape
     if grid.scale.shape[0] != rows:
-        return grid
+        return coded
     work = hessian.dtype
     slope = slope.clone()
     scales = grid.scale.clone()
@@ -109,7 +107,7 @@ def rescale(hessian: Tensor, slope: Tensor, codes: Tensor, grid: Grid) -> Grid:
             zeros[:, g] = torch.where(good, z.to(zeros.dtype), zeros[:, g])
         if grid.group_size < columns:
             slope.addmm_(torch.where(good[:, None], change, 0.0), hessian[part])
-    return replace(grid, scale=scales, zero=zeros)
+    return Coded(codes, replace(grid, scale=scales, zero=zeros))
 
 
 def _zero_of(grid: Grid, g: int, dtype: torch.dtype) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clipquant.quant.codes.grid import Grid, dequantize_rows
+from clipquant.quant.codes.grid import Coded
 
+DAMPING = 0.01  # pull towards the float weights, as a share of H's mean diagonal
 BLOCK = 128  # columns decided between two updates of all the others
 
 
@@ -31,18 +32,18 @@ class OutputError:
         """Return half the gradient of the error at some (rows, columns) values."""
         return torch.addmm(self.goal, values, self.hessian, beta=-1)
 
-    def of(self, values: Tensor, slope: Tensor | None = None) -> Tensor:
-        """Return the error of each row of (rows, columns) values; `slope` saves its making.
+    def at(self, values: Tensor) -> Tensor:
+        """Return the error of each row of (rows, columns) values.
 
         >>> error = OutputError(torch.eye(2), torch.ones(1, 2), torch.tensor([2.0]))
-        >>> error.of(torch.tensor([[1.0, 0.0]]))
+        >>> error.at(torch.tensor([[1.0, 0.0]]))
         tensor([1.])
         """
-        slope = self.slope(values) if slope is None else slope
-        return (values * (slope - self.goal)).sum(1) + self.energy
+        return (values * (self.slope(values) - self.goal)).sum(1) + self.energy
 
-    def of_codes(self, codes: Tensor, grid: Grid) -> Tensor:
-        return self.of(dequantize_rows(codes, grid).to(self.hessian.dtype))
+    def of(self, coded: Coded) -> Tensor:
+        """Return the error of each row of some codes."""
+        return self.at(coded.values().to(self.hessian.dtype))
 
     def damped(self, matrix: Tensor, damping: float) -> OutputError:
         """Return the error with a pull towards the float weights, which makes H invertible.
@@ -61,39 +62,21 @@ class OutputError:
         return OutputError(hessian, goal, self.energy + (matrix.square() * pull).sum(1))
 
 
-def best_of(
-    error: OutputError, candidates: Iterable[tuple[Tensor, Grid]]
-) -> tuple[Tensor, Grid, Tensor]:
+def best_of(error: OutputError, candidates: Iterable[Coded]) -> tuple[Coded, Tensor]:
     """Return for each row the candidate of least output error, and those errors.
 
-    Candidates are codes with their grid. A grid that all rows share is chosen as a whole.
+    A grid that all rows share is chosen as a whole.
     """
-    best: tuple[Tensor, Grid, Tensor] | None = None
-    for codes, grid in candidates:
-        found = error.of_codes(codes, grid)
+    best: tuple[Coded, Tensor] | None = None
+    for coded in candidates:
+        own = error.of(coded)
         if best is None:
-            best = codes, grid, found
+            best = coded, own
             continue
-        better = found < best[2]
-        if grid.scale.shape[0] == 1 and len(found) > 1:
-            better = (found.sum() < best[2].sum()).expand(len(found))
-        best = mixed(better, (codes, grid, found), best)
+        better = own < best[1]
+        if coded.grid.scale.shape[0] == 1 and len(own) > 1:
+            better = (own.sum() < best[1].sum()).expand(len(own))
+        best = coded.where(better, best[0]), torch.where(better, own, best[1])
     if best is None:
         raise ValueError("best_of needs one candidate or more; got none.")
     return best
-
-
-def mixed(
-    first: Tensor, one: tuple[Tensor, Grid, Tensor], other: tuple[Tensor, Grid, Tensor]
-) -> tuple[Tensor, Grid, Tensor]:
-    """Return `one` in the rows where `first` is true and `other` in the rest."""
-    rows = first[:, None]
-    if one[1].scale.shape[0] == 1 and len(first) > 1:
-        return one if first.all() else other
-    zero, dtype = None, torch.promote_types(one[1].scale.dtype, other[1].scale.dtype)
-    mine, theirs = one[1].to(dtype), other[1].to(dtype)
-    if mine.zero is not None and theirs.zero is not None:
-        zero = torch.where(rows, mine.zero, theirs.zero)
-    scale = torch.where(rows, mine.scale, theirs.scale)
-    codes = torch.where(rows, one[0], other[0])
-    return codes, replace(mine, scale=scale, zero=zero), torch.where(first, one[2], other[2])

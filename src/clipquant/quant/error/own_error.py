@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipquant.quant.codes.grid import dequantize_rows
 from clipquant.quant.codes.ranges import plain_rounding
 from clipquant.quant.codes.spec import QuantSpec
-from clipquant.quant.network.calibration import Forward, call_model
+from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Target, bias_of
 from clipquant.quant.network.moments import HESSIAN_LIMIT, Moments, observe
+from clipquant.quant.network.twin import Twin
 
 _ENOUGH = 8  # batches: second moments need fewer than learning does
 _QUICK = 1024  # columns up to which the error is worth computing whole at every step
@@ -27,14 +26,12 @@ class OwnError:
         matrix: float32 (rows, columns): the float weights.
         hessian: (groups, columns, columns), the inputs' second moments, their mean left out where a
             bias takes it up; or (groups, columns), their diagonal.
-        energy: Mean square of the float outputs, summed over rows.
         plain: Error of plain rounding.
         plain_quick: The same by the diagonal alone.
     """
 
     matrix: Tensor
     hessian: Tensor
-    energy: float
     plain: float
     plain_quick: float
 
@@ -49,18 +46,13 @@ class OwnError:
         )
         if moments is not None and centred and hessian.dim() == 3:
             hessian = hessian - moments.mean[:, :, None] * moments.mean[:, None]
-        energy = _weighted(matrix, hessian)
-        plain = dequantize_rows(*plain_rounding(matrix, spec)) - matrix
+        plain = plain_rounding(matrix, spec).values() - matrix
         quick = _weighted(plain, _diagonal(hessian))
-        return cls(matrix, hessian, float(energy), float(_weighted(plain, hessian)), float(quick))
+        return cls(matrix, hessian, float(_weighted(plain, hessian)), float(quick))
 
-    def relative(self, values: Tensor) -> float:
-        """Return the error of (rows, columns) values as a share of the float outputs' mean square."""
-        return float(_weighted(values - self.matrix, self.hessian)) / (self.energy or 1.0)
-
-    @property
-    def relative_plain(self) -> float:
-        return self.plain / (self.energy or 1.0)
+    def is_harmed(self, values: Tensor) -> bool:
+        """Return whether (rows, columns) values do worse than plain rounding."""
+        return float(_weighted(values - self.matrix, self.hessian)) > self.plain
 
     def share(self, values: Tensor) -> Tensor:
         """Return the error of values as a share of plain rounding's, by the diagonal for wide layers.
@@ -77,26 +69,25 @@ class OwnError:
 
 
 def own_errors(
-    model: nn.Module,
+    twin: Twin,
     targets: Sequence[Target],
     specs: Mapping[str, QuantSpec],
-    batches: Sequence[Any],
-    forward: Forward = call_model,
+    calibration: Calibration,
 ) -> dict[str, OwnError]:
     """Return the own error of every target of a float model; the moments of all are kept.
 
     Layers whose second moments would together take more than the limit for one keep the diagonal.
     """
-    found = {}
+    errors = {}
     limit = HESSIAN_LIMIT // len(targets)
     for part in _in_parts(targets):
-        moments = observe((model, model), part, batches[:_ENOUGH], forward, limit=limit)
+        moments = observe((twin, twin), part, calibration.first(_ENOUGH), limit=limit)
         for target in part:
-            centred = bias_of(model, target) is not None
+            centred = bias_of(twin.model, target) is not None
             matrix = target.layout.fold(target.weight.detach())
             seen = moments.get(target.name)
-            found[target.name] = OwnError.of(matrix, specs[target.name], seen, centred)
-    return found
+            errors[target.name] = OwnError.of(matrix, specs[target.name], seen, centred)
+    return errors
 
 
 def _in_parts(targets: Sequence[Target], size: int = 16) -> Iterator[Sequence[Target]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipquant.quant.codes.grid import Grid, wide_grid
+from clipquant.errors import ArgumentError
+from clipquant.quant.codes.grid import Coded, Grid, wide_grid
 from clipquant.quant.error.output_error import BLOCK, OutputError
 
 
@@ -43,7 +44,7 @@ def plan_walk(error: OutputError) -> Walk:
             break
         damping = max(10 * damping, 1e-4)
         if not damping < 1e4:
-            raise ValueError(
+            raise ArgumentError(
                 "the inputs' second moments cannot be factored: they hold NaN or infinity."
             )
         hessian.diagonal().add_(damping * error.hessian.diagonal().mean())
@@ -51,7 +52,7 @@ def plan_walk(error: OutputError) -> Walk:
     return Walk(order, lower.div_(lower.diagonal().clone()), wanted)
 
 
-def gptq_codes(walk: Walk, grid: Grid) -> Tensor:
+def gptq_codes(walk: Walk, grid: Grid) -> Coded:
     """Return codes whose output error is low: each column makes up for those decided before it.
 
     GPTQ's update of the columns still open is Babai's nearest-plane walk along the Cholesky factor of
@@ -62,7 +63,7 @@ def gptq_codes(walk: Walk, grid: Grid) -> Tensor:
         grid: The values allowed.
 
     Returns:
-        uint8 (rows, columns).
+        Codes (rows, columns) on that grid.
 
     Source:
         Frantar et al. 2022, arXiv 2210.17323; Chen et al. 2025, arXiv 2507.18553 (Babai); weights
@@ -71,7 +72,7 @@ def gptq_codes(walk: Walk, grid: Grid) -> Tensor:
     >>> hessian = torch.tensor([[2.0, 1.9], [1.9, 2.0]])
     >>> weights = torch.tensor([[0.4, 0.4]])
     >>> error = OutputError(hessian, weights @ hessian, torch.ones(1))
-    >>> gptq_codes(plan_walk(error), Grid(torch.ones(1, 1), torch.zeros(1, 1), 1, 2))
+    >>> gptq_codes(plan_walk(error), Grid(torch.ones(1, 1), torch.zeros(1, 1), 1, 2)).codes
     tensor([[1, 0]], dtype=torch.uint8)
     """
     lower, wanted = walk.lower, walk.wanted.T.contiguous()
@@ -93,4 +94,4 @@ def gptq_codes(walk: Walk, grid: Grid) -> Tensor:
             target[:i].addr_(inner[i, :i], error[j])
     out = torch.empty_like(codes, dtype=torch.uint8)
     out[walk.order] = codes.to(torch.uint8)
-    return out.T.contiguous()
+    return Coded(out.T.contiguous(), grid)

@@ -1,44 +1,33 @@
-"""Rounding learned against the float network's outputs, without labels."""
+"""AdaRound: rounding learned against the float network's outputs, without labels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipquant.quant.codes.grid import dequantize_rows
 from clipquant.quant.codes.learned import Rounding
-from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.error.own_error import OwnError, own_errors
-from clipquant.quant.methods.gptq import Solution
-from clipquant.quant.methods.layerwise import Calibrated
-from clipquant.quant.network.calibration import Forward, Progress, call_model
-from clipquant.quant.network.layers import Target, bias_of
+from clipquant.quant.methods.base import Found, Method, Problem, matrix_of, nearest, solved
+from clipquant.quant.methods.gptq import Gptq
+from clipquant.quant.methods.mse import Mse
+from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.layers import bias_of, check_finite
+from clipquant.quant.network.moments import uses
 from clipquant.quant.network.outputs import distance, outputs_of
-from clipquant.quant.network.twin import hold_, twin
+from clipquant.quant.network.twin import Twin
 
-STEPS = 200
 _BIAS_RATE = 1e-3  # of Adam, in outputs that inputs of unit variance give
-_ALLOWED = 0.9  # of plain rounding's error in a layer's own outputs, before the penalty sets in
 _KEPT = 1 << 28  # bytes of float outputs kept for the next pass over the data; others are made anew
 
 
-def adaround(
-    model: nn.Module,
-    targets: Sequence[Target],
-    specs: Mapping[str, QuantSpec],
-    start: Calibrated,
-    batches: Sequence[Any],
-    *,
-    forward: Forward = call_model,
-    steps: int = STEPS,
-    progress: Progress | None = None,
-) -> Calibrated:
-    """Return codes, grids and biases learned so that the whole network's outputs are those of the float one.
+@dataclass(frozen=True)
+class AdaRound(Method):
+    """Learn codes, grids and biases so that the whole network's outputs are those of the float one.
 
     Each code may move by a step from where its float weight lies, or as far as the first codes were
     moved; no label is read. Unlike the layers' own errors, the network's count what a layer that is run
@@ -47,83 +36,123 @@ def adaround(
     batches is given up.
 
     Args:
-        model: Any module; it is not touched.
-        targets: Its weights, all with a solution in `start`.
-        specs: Name of a weight -> its grid.
-        start: Where to start.
-        batches: Calibration inputs; one is run at a time, with its graph.
-        forward: Runs a model on a batch.
-        steps: Steps of Adam.
-        progress: Told before each step.
-
-    Raises:
-        TypeError: If the model's outputs for a batch hold no floating tensor.
+        steps: Steps of Adam; one batch is run at each, with its graph.
+        allowed: Share of plain rounding's error in a layer's own outputs at which the penalty sets in.
+        gptq: Where to start, but for networks that run a layer many times.
+        mse: Where to start then, or where it is nearer.
 
     Source:
         Nagel et al. 2020, arXiv 2004.10568 (AdaRound); the straight-through offsets are those of Cheng
         et al. 2023, arXiv 2309.05516 (SignRound), the scales of Esser et al. 2019, arXiv 1902.08153 (LSQ).
     """
-    network = _Network.of(model, targets, start, forward)
-    before = network.mean_distance(batches)
-    errors = own_errors(network.exact, targets, specs, batches, forward)
-    _learn(network, errors, batches, steps, progress)
-    checked = {
-        name: _solution(rounding, start.solutions[name], errors[name])
-        for name, rounding in network.roundings.items()
-    }
-    network.freeze_(checked)
-    after = network.mean_distance(batches)
-    if not after < before:
-        note = f"learned rounding left out: distance of the outputs {before:.3g}, then {after:.3g}"
-        return replace(start, notes=_noted(start.notes, targets, note))
-    note = f"distance of the outputs {before:.3g}, {after:.3g} after learning"
-    biases = dict(start.biases) | network.biases_now()
-    return Calibrated(checked, biases, _noted(start.notes, targets, note), network.learned)
+
+    steps: int = 200
+    allowed: float = 0.9
+    gptq: Gptq = field(default_factory=Gptq)
+    mse: Mse = field(default_factory=Mse)
+    name: ClassVar[str] = "adaround"
+    needs_data: ClassVar[bool] = True
+    summary: ClassVar[str] = (
+        "learns codes, grids and biases until the whole network's outputs are those of the float one"
+    )
+
+    def solve(self, problem: Problem) -> Found:
+        """Return learned codes, or those that learning started from where it did no better.
+
+        Raises:
+            TypeError: If the model's outputs for a batch hold no floating tensor.
+        """
+        check_finite(problem.targets)
+        return self.learned(problem, self._start(problem))
+
+    def _start(self, problem: Problem) -> Found:
+        free = solved(self.mse, problem)
+        seen = uses(problem.targets, problem.model, problem.data)
+        # Layer by layer does not see what a layer that feeds itself does: there, start from plain ranges.
+        if any(use.calls > 1 for use in seen.values()):
+            return free
+        return nearest(problem, solved(self.gptq, problem), free)
+
+    def learned(self, problem: Problem, start: Found) -> Found:
+        """Return codes learned from those of `start`, or these where that did no better."""
+        network = _Network(problem, start)
+        before = network.mean_distance()
+        errors = own_errors(Twin(problem.model), problem.targets, problem.specs, problem.data)
+        self._learn(network, errors)
+        codes, methods = dict(start.codes), dict(start.methods)
+        for name, rounding in network.roundings.items():
+            coded = rounding.coded()
+            if not errors[name].is_harmed(coded.values()):
+                codes[name], methods[name] = coded, self.name
+        biases = {**start.biases, **network.biases_now()}
+        network.freeze_(Found(codes, {}, biases))
+        after = network.mean_distance()
+        names = [target.name for target in problem.targets]
+        if not after < before:
+            note = (
+                f"learned rounding left out: distance of the outputs {before:.3g}, then {after:.3g}"
+            )
+            return start.noted(names, note)
+        note = f"distance of the outputs {before:.3g}, {after:.3g} after learning"
+        return Found(codes, methods, biases, start.notes).noted(names, note)
+
+    def _learn(self, network: _Network, errors: Mapping[str, OwnError]) -> None:
+        calibration = network.calibration
+        leaves = network.leaves()
+        tensors = [leaf.requires_grad_(True) for _, leaf in leaves]
+        groups = [{"params": [leaf], "lr": rate, "peak": rate} for rate, leaf in leaves]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        step = 0
+
+        def visit(number: int, batch: Any) -> None:
+            nonlocal step
+            calibration.tell("learned rounding", step, self.steps)
+            for params in optimizer.param_groups:
+                params["lr"] = params["peak"] * (1 + math.cos(math.pi * step / self.steps)) / 2
+            with torch.enable_grad():
+                matrices = network.hold_()
+                worse = [errors[n].share(w) - self.allowed for n, w in matrices.items()]
+                error = network.distance(number, batch) + torch.stack(worse).relu().sum()
+                slopes = torch.autograd.grad(error, tensors, allow_unused=True)
+            for leaf, slope in zip(tensors, slopes, strict=True):
+                leaf.grad = slope
+            optimizer.step()
+            for rounding in network.roundings.values():
+                rounding.limit_()
+            step += 1
+
+        calibration.each(visit, _shuffled(len(calibration), self.steps))
+        for leaf in tensors:
+            leaf.requires_grad_(False)
 
 
-@dataclass
 class _Network:
     """The network whose weights are learned, and the float one that it follows."""
 
-    exact: nn.Module
-    learned: nn.Module
-    targets: Mapping[str, Target]
-    forward: Forward
-    roundings: dict[str, Rounding]
-    biases: dict[str, Tensor]
-    units: dict[str, float]
-    deltas: dict[str, Tensor]
-    last: str
-    wanted: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, targets: Sequence[Target], start: Calibrated, forward: Forward
-    ) -> _Network:
-        roundings, biases, units = {}, {}, {}
-        for target in targets:
-            found = start.solutions[target.name]
-            matrix = target.layout.fold(target.weight.detach())
-            roundings[target.name] = Rounding.of(matrix, found.codes, found.grid)
-            bias = bias_of(model, target)
+    def __init__(self, problem: Problem, start: Found) -> None:
+        self.targets = {target.name: target for target in problem.targets}
+        self.calibration: Calibration = problem.data
+        self.exact, self.learned = Twin(problem.model), problem.twin(start)
+        self.last = problem.targets[-1].name.rpartition(".")[0]
+        self.roundings: dict[str, Rounding] = {}
+        self.biases: dict[str, Tensor] = {}
+        self.units: dict[str, float] = {}
+        self.wanted: dict[int, list[Tensor]] = {}
+        for target in problem.targets:
+            matrix = matrix_of(target)
+            self.roundings[target.name] = Rounding.of(matrix, start.codes[target.name])
+            bias = bias_of(problem.model, target)
             if bias is not None:
                 name = target.name.removesuffix(target.attribute) + bias
-                value = start.biases.get(name, model.get_parameter(name))
-                biases[name] = value.detach()
-                units[name] = float(matrix.float().square().sum(1).mean().sqrt())
-        last = targets[-1].name.rpartition(".")[0]
-        deltas = {
-            name: torch.zeros_like(bias, dtype=torch.float32) for name, bias in biases.items()
-        }
-        own = {t.name: t for t in targets}
-        return cls(
-            twin(model), twin(start.model), own, forward, roundings, biases, units, deltas, last
-        )
+                value = start.biases.get(name, problem.model.get_parameter(name))
+                self.biases[name] = value.detach()
+                self.units[name] = float(matrix.float().square().sum(1).mean().sqrt())
+        self.deltas = {n: torch.zeros_like(b, dtype=torch.float32) for n, b in self.biases.items()}
 
     def leaves(self) -> list[tuple[float, Tensor]]:
         """Return what is learned, each with its rate."""
-        found = [leaf for rounding in self.roundings.values() for leaf in rounding.leaves()]
-        return found + [(_BIAS_RATE, delta) for delta in self.deltas.values()]
+        learned = [leaf for rounding in self.roundings.values() for leaf in rounding.leaves()]
+        return learned + [(_BIAS_RATE, delta) for delta in self.deltas.values()]
 
     def biases_now(self) -> dict[str, Tensor]:
         return {
@@ -135,89 +164,50 @@ class _Network:
         """Give the learned network its weights and biases as they stand; return the weights as matrices."""
         matrices = {name: rounding.matrix() for name, rounding in self.roundings.items()}
         weights = {n: self.targets[n].layout.unfold(matrix) for n, matrix in matrices.items()}
-        hold_(self.exact, self.learned, self._cast(weights | self.biases_now()))
+        self.learned.hold_(self._cast(weights | self.biases_now()))
         return matrices
 
-    def freeze_(self, solutions: Mapping[str, Solution]) -> None:
-        """Give the learned network the weights that some codes stand for, as parameters."""
-        weights = {
-            name: self.targets[name].layout.unfold(dequantize_rows(found.codes, found.grid))
-            for name, found in solutions.items()
-        }
-        tensors = weights | self.biases_now()
-        parameters = {n: nn.Parameter(t, False) for n, t in self._cast(tensors).items()}
-        hold_(self.exact, self.learned, parameters)
+    def freeze_(self, found: Found) -> None:
+        """Give the learned network the weights that some codes stand for."""
+        weights = {n: self.targets[n].layout.unfold(c.values()) for n, c in found.codes.items()}
+        self.learned.hold_(self._cast({**weights, **self.biases_now()}))
 
     def _cast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: t.to(self.exact.get_parameter(n).dtype) for n, t in tensors.items()}
+        return {n: t.to(self.learned.model.get_parameter(n).dtype) for n, t in tensors.items()}
 
     def distance(self, number: int, batch: Any) -> Tensor:
         """Return how far the outputs for a batch are from the float network's."""
         return distance(self._outputs(self.learned, batch), self._wanted(number, batch))
 
-    def mean_distance(self, batches: Sequence[Any]) -> float:
-        with torch.no_grad():
-            return sum(float(self.distance(n, b)) for n, b in enumerate(batches)) / len(batches)
+    def mean_distance(self) -> float:
+        total = 0.0
 
-    def _outputs(self, model: nn.Module, batch: Any) -> list[Tensor]:
-        return outputs_of(model, batch, self.forward, model.get_submodule(self.last))
+        def visit(number: int, batch: Any) -> None:
+            nonlocal total
+            with torch.no_grad():
+                total += float(self.distance(number, batch))
+
+        self.calibration.each(visit)
+        return total / len(self.calibration)
+
+    def _outputs(self, twin: Twin, batch: Any) -> list[Tensor]:
+        return outputs_of(twin, batch, self.calibration.forward, self.last)
 
     def _wanted(self, number: int, batch: Any) -> list[Tensor]:
         if number in self.wanted:
             return self.wanted[number]
         with torch.no_grad():
-            found = [t.detach().clone() for t in self._outputs(self.exact, batch)]
+            outputs = [t.detach().clone() for t in self._outputs(self.exact, batch)]
         kept = sum(t.nbytes for tensors in self.wanted.values() for t in tensors)
-        if kept + sum(t.nbytes for t in found) <= _KEPT:
-            self.wanted[number] = found
-        return found
+        if kept + sum(t.nbytes for t in outputs) <= _KEPT:
+            self.wanted[number] = outputs
+        return outputs
 
 
-def _learn(
-    network: _Network,
-    errors: Mapping[str, OwnError],
-    batches: Sequence[Any],
-    steps: int,
-    progress: Progress | None,
-) -> None:
-    leaves = network.leaves()
-    tensors = [leaf.requires_grad_(True) for _, leaf in leaves]
-    groups = [{"params": [leaf], "lr": rate, "peak": rate} for rate, leaf in leaves]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+def _shuffled(batches: int, steps: int) -> Sequence[int]:
+    """Return the numbers of the batches in an order drawn anew for each pass, `steps` in all."""
     generator = torch.Generator().manual_seed(0)
     order: list[int] = []
-    for step in range(steps):
-        if progress is not None:
-            progress("learned rounding", step, steps)
-        for params in optimizer.param_groups:
-            params["lr"] = params["peak"] * (1 + math.cos(math.pi * step / steps)) / 2
-        if not order:
-            order = torch.randperm(len(batches), generator=generator).tolist()
-        number = order.pop()
-        with torch.enable_grad():
-            weights = network.hold_()
-            worse = torch.stack([errors[n].share(w) - _ALLOWED for n, w in weights.items()])
-            error = network.distance(number, batches[number]) + worse.relu().sum()
-            slopes = torch.autograd.grad(error, tensors, allow_unused=True)
-        for leaf, slope in zip(tensors, slopes, strict=True):
-            leaf.grad = slope
-        optimizer.step()
-        for rounding in network.roundings.values():
-            rounding.limit_()
-    for leaf in tensors:
-        leaf.requires_grad_(False)
-
-
-def _solution(rounding: Rounding, start: Solution, own: OwnError) -> Solution:
-    """Return the codes learned and their error, or those of `start` where plain rounding would do better."""
-    codes, grid = rounding.codes(), rounding.learned_grid()
-    error = own.relative(dequantize_rows(codes, grid))
-    if error > own.relative_plain:
-        return start
-    return Solution(codes, grid, "adaround", error, own.relative_plain)
-
-
-def _noted(
-    notes: Mapping[str, tuple[str, ...]], targets: Sequence[Target], note: str
-) -> dict[str, tuple[str, ...]]:
-    return {**notes, **{t.name: (*notes.get(t.name, ()), note) for t in targets}}
+    while len(order) < steps:
+        order += reversed(torch.randperm(batches, generator=generator).tolist())
+    return order[:steps]

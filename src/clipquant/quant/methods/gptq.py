@@ -1,122 +1,117 @@
-"""One weight's codes by any method, from the matrix and what is known of its inputs."""
+"""GPTQ: codes that keep a layer's outputs, on the range that serves them best; never worse than plain rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from clipquant.quant.codes.grid import Grid, dequantize_rows, quantize_rows
-from clipquant.quant.codes.ranges import (
-    hqq_grid,
-    mse_grid,
-    plain_rounding,
-    shrunk_grid,
-)
+from clipquant.quant.codes.grid import Coded
+from clipquant.quant.codes.ranges import mse_grid, plain_rounding, shrunk_grid
 from clipquant.quant.codes.spec import QuantSpec
-from clipquant.quant.error.descent import refine
-from clipquant.quant.error.output_error import OutputError, best_of
+from clipquant.quant.error.descent import SWEEPS, refine
+from clipquant.quant.error.output_error import DAMPING, OutputError, best_of
 from clipquant.quant.error.walk import Walk, gptq_codes, plan_walk
+from clipquant.quant.methods.base import Found, Method, Problem
+from clipquant.quant.methods.layerwise import Layer, layer_by_layer
 from clipquant.quant.network.moments import Moments
-
-DAMPING = 0.01
-
-# How far the ends of a min-max range are drawn in for GPTQ to try: the fewer codes, the further.
-_DRAWN_IN = {
-    1: (0.9, 0.7, 0.6, 0.5, 0.4, 0.3),
-    2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
-    3: (1.0, 0.9, 0.8, 0.7, 0.6),
-}
-_FINE = (1.0, 0.95, 0.9, 0.8)
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Codes and grid of a weight, and what they do to the layer's output.
+class Gptq(Method):
+    """Keep the outputs of the float network on the quantized one's inputs, layer after layer.
 
     Args:
-        codes: uint8 (rows, columns).
-        grid: Their grid.
-        method: What chose them: "rtn" where nothing did better.
-        error: Squared output error as a share of the output's mean square; of the weights where
-            nothing is known of the inputs.
-        rtn_error: The same for plain rounding.
+        damping: Pull towards the float weights, as a share of H's mean diagonal.
+        drawn_in: Width -> shares of the min-max range that are tried: the fewer codes, the smaller.
+        fine: The shares tried at all other widths.
+        sweeps: Most rounds of descent on codes and scales after the walk.
+
+    Source:
+        Frantar et al. 2022, arXiv 2210.17323; Behdin et al. 2023, arXiv 2309.01885 (descent); inputs
+        of the quantized prefix against outputs of the float network: GPTAQ, arXiv 2504.02692.
     """
 
-    codes: Tensor
-    grid: Grid
-    method: str
-    error: float
-    rtn_error: float
+    damping: float = DAMPING
+    drawn_in: Mapping[int, tuple[float, ...]] = field(
+        default_factory=lambda: {
+            1: (0.9, 0.7, 0.6, 0.5, 0.4, 0.3),
+            2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+            3: (1.0, 0.9, 0.8, 0.7, 0.6),
+        }
+    )
+    fine: tuple[float, ...] = (1.0, 0.95, 0.9, 0.8)
+    sweeps: int = SWEEPS
+    name: ClassVar[str] = "gptq"
+    needs_data: ClassVar[bool] = True
+    summary: ClassVar[str] = (
+        "layer after layer, keeps the outputs of the float network on the quantized one's inputs"
+    )
+
+    def solve(self, problem: Problem) -> Found:
+        return layer_by_layer(self.code)(problem)
+
+    def code(self, layer: Layer) -> tuple[Coded, str]:
+        """Return a layer's codes, and what chose them: "rtn" where nothing did better."""
+        moments, spec = layer.moments, layer.spec
+        groups = moments.hessian.shape[0]
+        if moments.hessian.dim() == 2:
+            return diagonal_codes(layer.matrix, spec, moments)
+        if spec.granularity == "tensor" and groups > 1:
+            return Coded.nearest(layer.matrix, mse_grid(layer.matrix, spec)), "mse"
+        parts = layer.matrix.float().chunk(groups)
+        starts = [None] * groups if layer.start is None else layer.start.split(groups)
+        solved = [
+            self._group(part, spec, output_error_of(moments, g, layer.centred), starts[g])
+            for g, part in enumerate(parts)
+        ]
+        plain = all(rounded for _, rounded in solved)
+        return Coded.stack([coded for coded, _ in solved]), "rtn" if plain else self.name
+
+    def _group(
+        self, matrix: Tensor, spec: QuantSpec, error: OutputError, start: Coded | None
+    ) -> tuple[Coded, bool]:
+        """Return codes of rows that share their inputs, and whether plain rounding is no worse."""
+        damped = error.damped(matrix, self.damping)
+        walk = plan_walk(damped)
+        weight = error.hessian.diagonal()
+        first, _ = best_of(damped, self._walks(matrix, spec, walk, weight, start))
+        rtn = plain_rounding(matrix, spec)
+        coded, errors = best_of(error, [rtn, refine(damped, first, self.sweeps)])
+        return coded, bool((errors >= error.of(rtn)).all())
+
+    def _walks(
+        self, matrix: Tensor, spec: QuantSpec, walk: Walk, weight: Tensor, start: Coded | None
+    ) -> Iterator[Coded]:
+        """Yield the codes on every range that is tried."""
+        shares = self.drawn_in.get(spec.width, self.fine)
+        grids = [shrunk_grid(matrix, spec, share) for share in shares]
+        if isinstance(spec.granularity, int):
+            grids.append(mse_grid(matrix, spec, weight))
+        if start is not None:
+            yield start
+            grids.append(start.grid)
+        for grid in grids:
+            yield gptq_codes(walk, grid)
 
 
-def solve_free(matrix: Tensor, spec: QuantSpec, method: str) -> Solution:
-    """Return a weight's codes by a method that needs no data: "rtn", "mse" or "hqq".
-
-    >>> solve_free(torch.tensor([[0.0, 1.0, 2.2, 3.0]]), QuantSpec(bits=2), "rtn").codes
-    tensor([[0, 1, 2, 3]], dtype=torch.uint8)
-    """
-    rtn = plain_rounding(matrix, spec)
-    codes, grid = rtn
-    if method != "rtn":
-        grid = (mse_grid if method == "mse" else hqq_grid)(matrix, spec)
-        codes = quantize_rows(matrix, grid)
-    energy = float(matrix.double().square().sum()) or 1.0
-    error, plain = (_weight_error(matrix, *c) / energy for c in ((codes, grid), rtn))
-    return Solution(codes, grid, method, error, plain)
-
-
-def _weight_error(matrix: Tensor, codes: Tensor, grid: Grid) -> float:
-    return float((dequantize_rows(codes, grid) - matrix).square().sum(dtype=torch.float64))
-
-
-def solve(
-    matrix: Tensor,
-    spec: QuantSpec,
-    moments: Moments,
-    *,
-    centred: bool,
-    start: tuple[Tensor, Grid] | None = None,
-) -> Solution:
-    """Return a weight's codes by GPTQ, on the range that serves the output best; never worse than RTN.
-
-    Args:
-        matrix: Floating (rows, columns).
-        spec: The grid asked for.
-        moments: What is known of the inputs.
-        centred: Leave the mean error out, since a bias will take it up.
-        start: Codes and grid found before, as another candidate.
-    """
-    groups = moments.hessian.shape[0]
-    if moments.hessian.dim() == 2:
-        return _solve_diagonal(matrix, spec, moments)
-    if spec.granularity == "tensor" and groups > 1:
-        return solve_free(matrix, spec, "mse")
-    parts = matrix.float().chunk(groups)
-    starts = [None] * groups if start is None else _split(*start, groups)
-    solved = [
-        _solve_group(part, spec, output_error_of(moments, g, centred), starts[g])
-        for g, part in enumerate(parts)
-    ]
-    return _joined(solved)
-
-
-def _solve_diagonal(matrix: Tensor, spec: QuantSpec, moments: Moments) -> Solution:
+def diagonal_codes(matrix: Tensor, spec: QuantSpec, moments: Moments) -> tuple[Coded, str]:
     """Return nearest codes on the range of least error, each weight counted by its input's E[x^2]."""
     rows = matrix.shape[0] // moments.hessian.shape[0]
     weight = moments.hessian.repeat_interleave(rows, 0)
-    grid = mse_grid(matrix.float(), spec, weight)
-    found, rtn = (quantize_rows(matrix, grid), grid), plain_rounding(matrix, spec)
+    drawn, rtn = (
+        Coded.nearest(matrix, mse_grid(matrix.float(), spec, weight)),
+        plain_rounding(matrix, spec),
+    )
     energy = float((matrix.square() * weight).sum()) or 1.0
     errors = [
-        float(((dequantize_rows(*c) - matrix).square() * weight).sum()) / energy
-        for c in (found, rtn)
+        float(((coded.values() - matrix).square() * weight).sum()) / energy
+        for coded in (drawn, rtn)
     ]
-    if errors[0] > errors[1]:
-        return Solution(*rtn, "rtn", errors[1], errors[1])
-    return Solution(*found, "mse", errors[0], errors[1])
+    return (rtn, "rtn") if errors[0] > errors[1] else (drawn, "mse")
 
 
 def output_error_of(moments: Moments, group: int, centred: bool) -> OutputError:
@@ -129,69 +124,4 @@ def output_error_of(moments: Moments, group: int, centred: bool) -> OutputError:
         hessian - torch.outer(mean, mean),
         goal - torch.outer(output, mean),
         energy - output.square(),
-    )
-
-
-@dataclass(frozen=True)
-class _Part:
-    codes: Tensor
-    grid: Grid
-    plain: bool
-    errors: tuple[float, float, float]  # found, RTN, energy
-
-
-def _solve_group(
-    matrix: Tensor, spec: QuantSpec, error: OutputError, start: tuple[Tensor, Grid] | None
-) -> _Part:
-    damped = error.damped(matrix, DAMPING)
-    walk = plan_walk(damped)
-    codes, grid, _ = best_of(damped, _walks(matrix, spec, walk, error.hessian.diagonal(), start))
-    found = refine(damped, codes, grid)
-    rtn = plain_rounding(matrix, spec)
-    plain = error.of_codes(*rtn)
-    codes, grid, errors = best_of(error, [rtn, found])
-    same = bool((errors >= plain).all())
-    return _Part(
-        codes, grid, same, (float(errors.sum()), float(plain.sum()), float(error.energy.sum()))
-    )
-
-
-def _walks(
-    matrix: Tensor,
-    spec: QuantSpec,
-    walk: Walk,
-    weight: Tensor,
-    start: tuple[Tensor, Grid] | None,
-) -> Iterator[tuple[Tensor, Grid]]:
-    grids = [shrunk_grid(matrix, spec, f) for f in _DRAWN_IN.get(spec.width, _FINE)]
-    if isinstance(spec.granularity, int):
-        grids.append(mse_grid(matrix, spec, weight))
-    if start is not None:
-        yield start
-        grids.append(start[1])
-    for grid in grids:
-        yield gptq_codes(walk, grid), grid
-
-
-def _split(codes: Tensor, grid: Grid, groups: int) -> list[tuple[Tensor, Grid]]:
-    zeros = [None] * groups if grid.zero is None else grid.zero.chunk(groups)
-    parts = zip(codes.chunk(groups), grid.scale.chunk(groups), zeros, strict=True)
-    return [(c, replace(grid, scale=s, zero=z)) for c, s, z in parts]
-
-
-def _joined(parts: list[_Part]) -> Solution:
-    """Return the solutions of groups of rows as one, with the widest of their scale dtypes."""
-    first = parts[0].grid
-    dtype = first.scale.dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.grid.scale.dtype)
-    grids = [part.grid.to(dtype) for part in parts]
-    zero = None if first.zero is None else torch.cat([g.zero for g in grids if g.zero is not None])
-    found, plain, energy = (sum(part.errors[i] for part in parts) for i in range(3))
-    return Solution(
-        torch.cat([part.codes for part in parts]),
-        replace(first, scale=torch.cat([g.scale for g in grids]), zero=zero),
-        "rtn" if all(part.plain for part in parts) else "gptq",
-        max(found, 0.0) / (energy or 1.0),
-        max(plain, 0.0) / (energy or 1.0),
     )

@@ -2,174 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.codes.grid import dequantize_rows
+from clipquant.quant.codes.grid import Coded
+from clipquant.quant.codes.ranges import mse_grid
 from clipquant.quant.codes.spec import QuantSpec
-from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
-from clipquant.quant.methods.gptq import Solution, solve, solve_free
-from clipquant.quant.network.calibration import Forward, Progress, call_model
-from clipquant.quant.network.layers import Target, bias_of, is_lookup
+from clipquant.quant.methods.base import Found, Problem, matrix_of, weight_of
+from clipquant.quant.network.layers import Target, bias_of, check_finite, is_lookup
 from clipquant.quant.network.moments import Moments, Use, observe, uses, watches_of
-from clipquant.quant.network.twin import hold_, twin
+from clipquant.quant.network.twin import Twin
 
 MOST_PASSES = 24  # passes over the calibration data; deeper networks observe several layers in one
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """What calibration found: each weight's solution, the biases it corrected, what is worth saying.
+class Layer:
+    """One weight, and what is known of its inputs.
 
     Args:
-        solutions: Name of a weight -> its codes and their error.
-        biases: Name of a bias -> its new value.
-        notes: Name of a weight -> remarks for the report.
-        model: The network with the quantized weights and corrected biases, in eval mode.
+        matrix: Floating (rows, columns).
+        spec: The grid asked for.
+        moments: Of its inputs in the network quantized so far, against the float network's outputs.
+        centred: Leave the mean error out, since a bias will take it up.
+        start: Codes found before, as another candidate.
     """
 
-    solutions: Mapping[str, Solution]
-    biases: Mapping[str, Tensor]
-    notes: Mapping[str, tuple[str, ...]]
-    model: nn.Module
+    matrix: Tensor
+    spec: QuantSpec
+    moments: Moments
+    centred: bool
+    start: Coded | None = None
 
 
-def calibrate(
-    model: nn.Module,
-    targets: Sequence[Target],
-    specs: Mapping[str, QuantSpec],
-    batches: Sequence[Any],
-    *,
-    fixed: Mapping[str, QuantizedTensor] | None = None,
-    forward: Forward = call_model,
-    progress: Progress | None = None,
-) -> Calibrated:
-    """Return the codes of every weight, found on inputs that come from the weights quantized before it.
+LayerCode: TypeAlias = Callable[
+    [Layer], tuple[Coded, str]
+]  # codes, and the name of what chose them
+
+
+def layer_by_layer(code: LayerCode) -> Callable[[Problem], Found]:
+    """Return a solver that gives each weight codes by its inputs from the weights quantized before it.
 
     Each weight is asked for the float network's outputs on the quantized network's inputs, so errors are
-    made up for down the network. A weight that is used several times in one pass (a shared layer) changes
-    its own inputs and is therefore solved a second time.
+    made up for down the network; its bias takes up what is left of the mean. A weight that is used several
+    times in one pass (a shared layer) changes its own inputs and is therefore solved a second time. One
+    whose inputs are not known is rounded to nearest on the range of least squared error, and noted.
 
     Args:
-        model: Any module; it is not touched.
-        targets: Its weights to quantize.
-        specs: Name of a weight -> its grid.
-        batches: Calibration inputs.
-        fixed: Weights quantized already, by state-dict key.
-        forward: Runs a model on a batch.
-        progress: Told before each step.
+        code: From a layer to its codes.
 
     Raises:
-        ValueError: If a layer's inputs are NaN or infinite.
-        RuntimeError: If the forward pass raises, naming the batch.
+        ValueError: From the solver, if a layer's inputs are NaN or infinite.
+        RuntimeError: From the solver, if the forward pass raises, naming the batch.
 
     Source:
         Inputs of the quantized prefix against outputs of the float network: GPTAQ, arXiv 2504.02692.
     """
-    exact, rounded = twin(model), twin(model)
-    own = {t.name: t for t in targets}
-    seen = seen_uses(exact, targets, batches, forward)
-    run = _Run(exact, rounded, specs, {}, {}, {})
-    for name, tensor in (fixed or {}).items():
-        run.hold_(name, dequantize(tensor))
-    steps = list(_steps(own, seen))
-    free = [name for name in own if name not in seen]
-    for name in free:
-        run.solve_free_(own[name], _why_free(exact, own[name]))
-    for number, group in enumerate(steps):
-        if progress is not None:
-            progress(group[0].name, number, len(steps))
-        moments = observe((exact, rounded), group, batches, forward)
-        for target in group:
-            run.solve_(target, moments[target.name])
-    return Calibrated(
-        run.solutions, run.biases, {k: tuple(v) for k, v in run.notes.items()}, rounded
-    )
+
+    def solve(problem: Problem) -> Found:
+        check_finite(problem.targets)
+        return _Run(problem, code).solve()
+
+    return solve
 
 
-@dataclass
 class _Run:
-    """The network quantized so far."""
+    """One pass down the network: what has been quantized of it so far."""
 
-    exact: nn.Module
-    rounded: nn.Module
-    specs: Mapping[str, QuantSpec]
-    solutions: dict[str, Solution]
-    biases: dict[str, Tensor]
-    notes: dict[str, list[str]]
+    def __init__(self, problem: Problem, code: LayerCode) -> None:
+        self.problem, self.code = problem, code
+        self.exact, self.rounded = Twin(problem.model), problem.twin()
+        self.codes: dict[str, Coded] = {}
+        self.methods: dict[str, str] = {}
+        self.biases: dict[str, Tensor] = {}
+        self.notes: dict[str, tuple[str, ...]] = {}
 
-    def solve_free_(self, target: Target, why: str) -> None:
-        matrix = target.layout.fold(target.weight.detach())
-        self._put_(target, solve_free(matrix, self.specs[target.name], "mse"))
-        self.notes.setdefault(target.name, []).append(f"data-free (mse): {why}")
+    def solve(self) -> Found:
+        problem, calibration = self.problem, self.problem.data
+        own = {t.name: t for t in problem.targets}
+        seen = uses(problem.targets, problem.model, calibration)
+        for name, target in own.items():
+            if name not in seen:
+                self._solve_free_(target, _why_free(problem.model, target))
+        steps = list(_steps(own, seen))
+        for number, group in enumerate(steps):
+            calibration.tell(group[0].name, number, len(steps))
+            moments = observe((self.exact, self.rounded), group, calibration)
+            for target in group:
+                self._solve_(target, moments[target.name])
+        return Found(self.codes, self.methods, self.biases, self.notes)
 
-    def solve_(self, target: Target, moments: Moments) -> None:
-        matrix = target.layout.fold(target.weight.detach())
-        before = self.solutions.get(target.name)
-        bias = bias_of(self.rounded, target)
+    def _solve_free_(self, target: Target, why: str) -> None:
+        matrix = matrix_of(target)
+        coded = Coded.nearest(matrix, mse_grid(matrix, self.problem.specs[target.name]))
+        self._put_(target, coded, "mse")
+        self._note_(target, f"data-free (mse): {why}")
+
+    def _solve_(self, target: Target, moments: Moments) -> None:
+        model, matrix = self.problem.model, matrix_of(target)
+        bias = bias_of(model, target)
         if moments.hessian.dim() == 2:
-            text = "inputs' second moments too large: their diagonal alone"
-            self.notes.setdefault(target.name, []).append(text)
-        if is_lookup(self.rounded, target):
+            self._note_(target, "inputs' second moments too large: their diagonal alone")
+        if is_lookup(model, target):
             moments, bias = _with_lookup(moments, matrix), None
-        found = solve(
-            matrix,
-            self.specs[target.name],
-            moments,
-            centred=bias is not None,
-            start=None if before is None else (before.codes, before.grid),
-        )
-        self._put_(target, found)
+        spec, start = self.problem.specs[target.name], self.codes.get(target.name)
+        coded, method = self.code(Layer(matrix, spec, moments, bias is not None, start))
+        self._put_(target, coded, method)
         if bias is not None:
-            self._correct_(target, bias, found, moments)
+            self._correct_(target, bias, coded, moments)
 
-    def _put_(self, target: Target, found: Solution) -> None:
-        self.solutions[target.name] = found
-        matrix = dequantize_rows(found.codes, found.grid)
-        weight = target.layout.unfold(matrix).to(target.weight.dtype).contiguous()
-        self.hold_(target.name, weight)
+    def _put_(self, target: Target, coded: Coded, method: str) -> None:
+        self.codes[target.name], self.methods[target.name] = coded, method
+        self.rounded.hold_({target.name: weight_of(target, coded)})
 
-    def hold_(self, name: str, value: Tensor) -> None:
-        """Put a tensor wherever the network holds the one of that name."""
-        hold_(self.exact, self.rounded, {name: nn.Parameter(value, requires_grad=False)})
+    def _note_(self, target: Target, note: str) -> None:
+        self.notes[target.name] = (*self.notes.get(target.name, ()), note)
 
-    def _correct_(self, target: Target, bias: str, found: Solution, moments: Moments) -> None:
+    def _correct_(self, target: Target, bias: str, coded: Coded, moments: Moments) -> None:
         """Give the bias what makes the mean output that of the float network."""
         path = target.name.removesuffix(target.attribute) + bias
-        old = self.exact.get_parameter(path)
-        values = dequantize_rows(found.codes, found.grid).reshape(moments.goal.shape)
+        old = self.problem.model.get_parameter(path)
+        values = coded.values().reshape(moments.goal.shape)
         shift = moments.output - torch.einsum("grc,gc->gr", values, moments.mean)
-        new = (old + shift.reshape(-1)).to(old.dtype).detach()
-        self.biases[path] = new
-        self.hold_(path, new)
-
-
-def seen_uses(
-    model: nn.Module, targets: Sequence[Target], batches: Sequence[Any], forward: Forward
-) -> dict[str, Use]:
-    """Return how the weights are used, from as few batches as it takes to meet them all."""
-    seen: dict[str, Use] = {}
-    missing = [t for t in targets if watches_of(model, t)[0]]
-    for number, batch in enumerate(batches):
-        try:
-            found = uses(model, missing, batch, forward)
-        except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
-            raise RuntimeError(
-                f"the model could not run on calibration batch {number} "
-                f"({type(batch).__name__}): {type(error).__name__}: {error}. A dict is passed as keywords, "
-                "a tuple as positional arguments, anything else as the one input."
-            ) from error
-        shifted = {k: replace(u, order=u.order + len(seen)) for k, u in found.items()}
-        seen |= shifted
-        missing = [t for t in missing if t.name not in seen]
-        if not missing:
-            break
-    return seen
+        self.biases[path] = (old + shift.reshape(-1)).to(old.dtype).detach()
+        self.rounded.hold_({path: self.biases[path]})
 
 
 def _steps(own: Mapping[str, Target], seen: Mapping[str, Use]) -> Iterator[list[Target]]:

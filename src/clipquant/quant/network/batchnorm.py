@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
-from clipquant.quant.codes.weights import LeftInFloat
-from clipquant.quant.network.calibration import Forward, call_model
-from clipquant.quant.network.outputs import distance, outputs_of
-from clipquant.quant.network.twin import hold_, twin
+from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.outputs import distances
+from clipquant.quant.network.twin import Twin
 
 _LEAST = 1e-12  # a variance below this is that of a constant channel
 
@@ -48,12 +46,7 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def reestimate(
-    exact: nn.Module,
-    rounded: nn.Module,
-    batches: Sequence[Any],
-    forward: Forward = call_model,
-) -> dict[str, Tensor]:
+def reestimate(exact: Twin, rounded: Twin, calibration: Calibration) -> dict[str, Tensor]:
     """Return running statistics that follow the means and variances which rounding moved.
 
     The float network's statistics come from a whole training, a few batches' would be a worse estimate.
@@ -62,10 +55,9 @@ def reestimate(
     the new ones do not bring the outputs nearer.
 
     Args:
-        exact: The float network, in eval mode; not changed.
-        rounded: The quantized one, in eval mode; it holds the new statistics where they are better.
-        batches: Calibration inputs.
-        forward: Runs a model on a batch.
+        exact: The float network, in eval mode.
+        rounded: The quantized one; it holds the new statistics where they are better.
+        calibration: Batches, and how to run them.
 
     Returns:
         State-dict key -> new statistic; empty where there is none, or none that is better.
@@ -73,63 +65,37 @@ def reestimate(
     Source:
         Re-estimation after quantizing: Sun et al. 2019, arXiv 1911.07190; Nagel et al. 2019, arXiv 1906.04721.
     """
-    layers = batch_norms(exact)
-    if not layers or not batches:
+    layers = batch_norms(exact.model)
+    if not layers or not len(calibration):
         return {}
     last = list(layers)[-1]
-    before = _mean_distance(exact, rounded, batches, forward, last)
-    shifts = _shifts(exact, rounded, list(layers), batches, forward)
-    old: dict[str, Tensor] = {}
+    before = distances(exact, [rounded], calibration, last)[0]
     new: dict[str, Tensor] = {}
-    for name, shift in shifts.items():
-        layer = rounded.get_submodule(name)
-        mean, variance = _statistics(layer)
-        old |= {f"{name}.running_mean": mean, f"{name}.running_var": variance}
+    for name, shift in _shifts(exact, rounded, list(layers), calibration).items():
+        mean, variance = _statistics(layers[name])
         new[f"{name}.running_mean"] = (mean + shift.mean).to(mean.dtype)
         new[f"{name}.running_var"] = (variance * shift.ratio).to(variance.dtype)
-    _hold_(rounded, new)
-    if _mean_distance(exact, rounded, batches, forward, last) < before:
+    rounded.hold_(new)
+    if distances(exact, [rounded], calibration, last)[0] < before:
         return new
-    _hold_(rounded, old)
+    rounded.drop_(list(new))
     return {}
 
 
-def _hold_(model: nn.Module, statistics: dict[str, Tensor]) -> None:
-    for key, value in statistics.items():
-        path, _, name = key.rpartition(".")
-        model.get_submodule(path)._buffers[name] = value
-
-
-def _mean_distance(
-    exact: nn.Module, rounded: nn.Module, batches: Sequence[Any], forward: Forward, last: str
-) -> float:
-    total = 0.0
-    with torch.no_grad():
-        for batch in batches:
-            found, wanted = (
-                outputs_of(model, batch, forward, model.get_submodule(last))
-                for model in (rounded, exact)
-            )
-            total += float(distance(found, wanted))
-    return total / len(batches)
-
-
 def _shifts(
-    exact: nn.Module,
-    rounded: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[Any],
-    forward: Forward,
+    exact: Twin, rounded: Twin, names: Sequence[str], calibration: Calibration
 ) -> dict[str, _Shift]:
     """Return how each layer's inputs moved, once the layers before it have made up for their own."""
     watch = _Watch({}, {})
-    with torch.no_grad():
-        for batch in batches:
-            watch.seen.clear()
-            with _watched(exact, names, watch.note):
-                forward(exact, batch)
-            with _watched(rounded, names, watch.follow):
-                forward(rounded, batch)
+
+    def visit(_number: int, batch: Any) -> None:
+        watch.seen.clear()
+        with torch.no_grad():
+            for twin, see in ((exact, watch.note), (rounded, watch.follow)):
+                with _watched(twin.model, names, see):
+                    twin.run(calibration.forward, batch)
+
+    calibration.each(visit)
     return watch.shifts
 
 
@@ -187,24 +153,3 @@ def _normalized(layer: _BatchNorm, x: Tensor, shift: _Shift) -> Tensor:
     mean, variance = _statistics(layer)
     mean, variance = (mean + shift.mean).to(x.dtype), (variance * shift.ratio).to(x.dtype)
     return nn.functional.batch_norm(x, mean, variance, layer.weight, layer.bias, eps=layer.eps)
-
-
-def settled_statistics(
-    model: nn.Module,
-    tensors: Mapping[str, QuantizedTensor],
-    biases: Mapping[str, Tensor],
-    batches: Sequence[Any],
-    forward: Forward,
-) -> dict[str, Tensor]:
-    """Return the BatchNorm statistics that suit the quantized weights better than the model's own."""
-    if not batches or not batch_norms(model):
-        return {}
-    exact, rounded = twin(model), twin(model)
-    hold_(exact, rounded, {name: dequantize(tensor) for name, tensor in tensors.items()})
-    hold_(exact, rounded, biases)
-    return reestimate(exact, rounded, batches, forward)
-
-
-def followed(item: LeftInFloat) -> LeftInFloat:
-    """Return the entry of a statistic that was estimated anew."""
-    return replace(item, why="BatchNorm statistic, re-estimated for the quantized weights")

@@ -1,47 +1,34 @@
-"""Running a model on batches: the batches, and what a batch is to it."""
+"""Running a model on batches: which, how, and what a batch is to it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+from clipquant.errors import ArgumentError, RunError
+
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]  # runs the model on a batch as it was visited
+Progress: TypeAlias = Callable[[str, int, int], None]  # weight's name, steps done, steps in all
+Visit: TypeAlias = Callable[
+    [int, Any], None
+]  # number of a batch, and the batch ready for `Forward`
+Loop: TypeAlias = Callable[[Sequence[Any], Sequence[int], Visit], None]
 
 
-def calibration_data(data: Iterable[Any], count: int) -> list[Any]:
-    """Return the first `count` batches of `data`, which may be endless.
+class EndLoop(Exception):  # noqa: N818 - raised to end a loop, not to tell of an error
+    """Raised by a visit that has seen enough."""
 
-    Raises:
-        ValueError: If there is none, though some were asked for.
-        RuntimeError: If the loader raises, naming the batch.
 
-    >>> calibration_data(iter([1, 2, 3]), 2)
-    [1, 2]
-    """
-    if count != int(count) or count < 0:
-        raise ValueError(f"calibration_batches must be a whole number, 0 or more; got {count!r}.")
-    batches: list[Any] = []
-    if count == 0:
-        return batches
-    try:
-        batches.extend(islice(iter(data), count))
-    except Exception as error:
-        raise RuntimeError(
-            f"calibration needs {count} batches, but the data raised at batch {len(batches)}: "
-            f"{type(error).__name__}: {error}. Mend the loader, or ask for calibration_batches=0."
-        ) from error
-    if not batches:
-        raise ValueError(
-            f"calibration needs batches (calibration_batches={count}); the data gave none. "
-            "Pass data that is not empty (an iterator gives its batches only once), or "
-            "calibration_batches=0 for a data-free method."
-        )
-    return batches
+def plain_loop(batches: Sequence[Any], order: Sequence[int], visit: Visit) -> None:
+    """Visit batches by number, as they are."""
+    for number in order:
+        visit(number, batches[number])
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -71,4 +58,77 @@ def _accepted(model: nn.Module) -> int | None:
     )
 
 
-Progress: TypeAlias = Callable[[str, int, int], None]  # weight's name, steps done, steps in all
+@dataclass(frozen=True)
+class Calibration:
+    """Batches, and how a model is run on them.
+
+    Args:
+        batches: Inputs.
+        forward: Runs the model on a batch that `loop` brings.
+        progress: Told the weight's name, the steps done and the steps in all, before each step.
+        device: Where the model and what is computed of it lie; None: where the model is.
+        loop: Brings batches, by number, to a visit.
+    """
+
+    batches: Sequence[Any]
+    forward: Forward = call_model
+    progress: Progress | None = None
+    device: torch.device | None = None
+    loop: Loop = plain_loop
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def each(self, visit: Visit, order: Sequence[int] | None = None) -> None:
+        """Visit every batch, or those of some numbers in their order, until a visit raises `EndLoop`.
+
+        >>> Calibration(["a", "b"]).each(print)
+        0 a
+        1 b
+        """
+        try:
+            self.loop(self.batches, range(len(self.batches)) if order is None else order, visit)
+        except EndLoop:
+            return
+
+    def tell(self, name: str, done: int, steps: int) -> None:
+        """Report progress, where somebody listens."""
+        if self.progress is not None:
+            self.progress(name, done, steps)
+
+    def first(self, count: int) -> Calibration:
+        """Return the first batches alone, told to nobody."""
+        return Calibration(self.batches[:count], self.forward, None, self.device, self.loop)
+
+
+def calibration_data(data: Iterable[Any], count: int) -> list[Any]:
+    """Return the first `count` batches of `data`, which may be endless.
+
+    Raises:
+        ValueError: If there is none, though some were asked for.
+        RuntimeError: If the loader raises, naming the batch.
+
+    >>> calibration_data(iter([1, 2, 3]), 2)
+    [1, 2]
+    """
+    if count != int(count) or count < 0:
+        raise ArgumentError(
+            f"calibration_batches must be a whole number, 0 or more; got {count!r}."
+        )
+    batches: list[Any] = []
+    if count == 0:
+        return batches
+    try:
+        batches.extend(islice(iter(data), count))
+    except Exception as error:
+        raise RunError(
+            f"calibration needs {count} batches, but the data raised at batch {len(batches)}: "
+            f"{type(error).__name__}: {error}. Mend the loader, or ask for calibration_batches=0."
+        ) from error
+    if not batches:
+        raise ArgumentError(
+            f"calibration needs batches (calibration_batches={count}); the data gave none. "
+            "Pass data that is not empty (an iterator gives its batches only once), or "
+            "calibration_batches=0 for a data-free method."
+        )
+    return batches

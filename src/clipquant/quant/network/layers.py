@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from clipquant.errors import ArgumentError
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.weights import LeftInFloat
 
@@ -88,7 +89,7 @@ def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Se
         elif tensor.is_floating_point() or tensor.is_complex():
             left.append(LeftInFloat(name, tensor.nbytes, why or "not a weight of a known layer"))
     if not targets:
-        raise ValueError(_nothing(left, include, exclude))
+        raise ArgumentError(_nothing(left, include, exclude))
     return Selection(tuple(targets), tuple(left), aliases)
 
 
@@ -133,16 +134,16 @@ def check_globs(names: Iterable[str], **globs: Globs) -> None:
     >>> check_globs(["fc.weight"], exclude=["conv*"])
     Traceback (most recent call last):
     ...
-    ValueError: exclude=['conv*'] matches no parameter. The model's are: fc.weight.
+    clipquant.errors.ArgumentError: exclude=['conv*'] matches no parameter. The model's are: fc.weight.
     """
     names = list(names)
     for argument, patterns in globs.items():
         if isinstance(patterns, str):
-            raise ValueError(f"{argument} must be a list of globs; got the string {patterns!r}.")
+            raise ArgumentError(f"{argument} must be a list of globs; got the string {patterns!r}.")
         for pattern in patterns or []:
             if not any(fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-                raise ValueError(
+                raise ArgumentError(
                     f"{argument}=[{pattern!r}] matches no parameter. The model's are: {shown}."
                 )
 
@@ -232,7 +233,7 @@ def check_finite(targets: Iterable[Target]) -> None:
             count = int((~torch.isfinite(target.weight)).sum())
             bad.append(f"{target.name} ({count} of {target.weight.numel()})")
     if bad:
-        raise ValueError(
+        raise ArgumentError(
             f"weights must be finite to have a grid; NaN or infinity in {', '.join(bad)}. "
             "Train with a smaller step or clipped gradients, or exclude these weights."
         )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.network.calibration import Forward, call_model
+from clipquant.errors import ArgumentError, RunError
+from clipquant.quant.network.calibration import Calibration, EndLoop, Forward
 from clipquant.quant.network.layers import Target, weights_of
 from clipquant.quant.network.patches import Reader, heads_output, patches, reader_of
+from clipquant.quant.network.twin import Twin
 
 HESSIAN_LIMIT = 1 << 30  # bytes of one weight's second moments; above, only their diagonal is kept
 _POSITIONS = 4096  # of one chunk of patches: neighbours in an image say nearly the same
@@ -160,48 +162,77 @@ def _hooked(watches: Sequence[Watch], see: Callable[[int, Tensor], None]) -> Ite
             handle.remove()
 
 
-def uses(
-    model: nn.Module, targets: Sequence[Target], batch: Any, forward: Forward = call_model
-) -> dict[str, Use]:
-    """Return how each weight that one batch reaches is used, in the order of first use.
+def uses(targets: Sequence[Target], model: nn.Module, calibration: Calibration) -> dict[str, Use]:
+    """Return how each weight that the data reach is used, in the order of first use.
 
-    Weights that first meet the very same tensor, such as query, key and value, share `inputs`.
+    As few batches are run as it takes to meet every weight whose inputs can be read. Weights that
+    first meet the very same tensor, such as query, key and value, share `inputs`.
+
+    Args:
+        targets: The weights.
+        model: Holds them; runs each batch.
+        calibration: Batches, and how to run them.
+
+    Raises:
+        RuntimeError: If the model raises, naming the batch.
     """
+    seen: dict[str, Use] = {}
+    missing = [t for t in targets if watches_of(model, t)[0]]
+
+    def visit(number: int, batch: Any) -> None:
+        nonlocal missing
+        try:
+            met = _uses(model, missing, batch, calibration.forward)
+        except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
+            raise RunError(
+                f"the model could not run on calibration batch {number} "
+                f"({type(batch).__name__}): {type(error).__name__}: {error}. A dict is passed as keywords, "
+                "a tuple as positional arguments, anything else as the one input."
+            ) from error
+        seen.update({k: replace(u, order=u.order + len(seen)) for k, u in met.items()})
+        missing = [t for t in missing if t.name not in seen]
+        if not missing:
+            raise EndLoop
+
+    calibration.each(visit)
+    return seen
+
+
+def _uses(
+    model: nn.Module, targets: Sequence[Target], batch: Any, forward: Forward
+) -> dict[str, Use]:
+    """Return how each weight that one batch reaches is used."""
     watches = [(t.name, w) for t in targets for w in watches_of(model, t)[0]]
-    found: dict[str, Use] = {}
+    met: dict[str, Use] = {}
     alive: list[Tensor] = []  # keeps the identity of the inputs unique during the pass
 
     def see(index: int, value: Tensor) -> None:
         name = watches[index][0]
         alive.append(value)
         key = (value.data_ptr(), value._version, *value.shape)
-        seen = found.get(name)
-        found[name] = (
-            Use(len(found), key, 1)
-            if seen is None
-            else Use(seen.order, seen.inputs, seen.calls + 1)
+        first = met.get(name)
+        met[name] = (
+            Use(len(met), key, 1) if first is None else replace(first, calls=first.calls + 1)
         )
 
     with _hooked([w for _, w in watches], see):
         forward(model, batch)
-    return found
+    return met
 
 
 def observe(
-    models: tuple[nn.Module, nn.Module],
+    twins: tuple[Twin, Twin],
     targets: Sequence[Target],
-    batches: Sequence[Any],
-    forward: Forward = call_model,
+    calibration: Calibration,
     limit: int = HESSIAN_LIMIT,
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of some weights over all batches and all their uses.
 
     Args:
-        models: The float network and the one quantized so far; both run each batch, in eval mode. The
-            same model twice is run once.
+        twins: The float network and the one quantized so far; both run each batch, in eval mode. The
+            same twin twice is run once.
         targets: The weights.
-        batches: What `forward` takes, one after the other.
-        forward: Runs a model on a batch.
+        calibration: Batches, one after the other, and how to run them.
         limit: Most bytes of one weight's second moments; above, only the diagonal is kept.
 
     Returns:
@@ -210,16 +241,21 @@ def observe(
     Raises:
         ValueError: If an input is NaN or infinite, naming layer and batch.
     """
-    exact, rounded = models
+    exact, rounded = twins
     sums = {t.name: _Sums(t, limit) for t in targets}
-    for number, batch in enumerate(batches):
-        floats = _inputs(exact, targets, batch, forward, number)
-        others = floats if rounded is exact else _inputs(rounded, targets, batch, forward, number)
-        for name, found in others.items():
-            pairs = zip(found, floats.get(name, ()), strict=False)
+
+    def visit(number: int, batch: Any) -> None:
+        floats = _inputs(exact, targets, batch, calibration.forward, number)
+        others = floats
+        if rounded is not exact:
+            others = _inputs(rounded, targets, batch, calibration.forward, number)
+        for name, inputs in others.items():
+            pairs = zip(inputs, floats.get(name, ()), strict=False)
             for (place, x), (_, f) in pairs:
                 for a, b in zip(patches(place, x), patches(place, f), strict=True):
                     sums[name].add_(*_thinned(a, b))
+
+    calibration.each(visit)
     return {name: s.result() for name, s in sums.items() if s.count}
 
 
@@ -233,20 +269,20 @@ def _thinned(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inputs(
-    model: nn.Module, targets: Sequence[Target], batch: Any, forward: Forward, number: int
+    twin: Twin, targets: Sequence[Target], batch: Any, forward: Forward, number: int
 ) -> dict[str, list[tuple[Target, Tensor]]]:
-    watches = [(t.name, w) for t in targets for w in watches_of(model, t)[0]]
-    found: dict[str, list[tuple[Target, Tensor]]] = {}
+    watches = [(t.name, w) for t in targets for w in watches_of(twin.model, t)[0]]
+    met: dict[str, list[tuple[Target, Tensor]]] = {}
 
     def see(index: int, value: Tensor) -> None:
         name, watch = watches[index]
         if not torch.isfinite(value).all():
-            raise ValueError(
+            raise ArgumentError(
                 f"the inputs of {name} hold NaN or infinity in calibration batch {number}. "
                 "Check the batch and the weights before this layer, or exclude the layer."
             )
-        found.setdefault(name, []).append((watch.target, value.detach().clone()))
+        met.setdefault(name, []).append((watch.target, value.detach().clone()))
 
     with _hooked([w for _, w in watches], see):
-        forward(model, batch)
-    return found
+        twin.run(forward, batch)
+    return met

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipquant.quant.network.calibration import Forward
+from clipquant.errors import ArgumentTypeError
+from clipquant.quant.network.calibration import Calibration, Forward
+from clipquant.quant.network.twin import Twin
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -28,11 +30,11 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-def outputs_of(model: nn.Module, batch: Any, forward: Forward, last: nn.Module) -> list[Tensor]:
+def outputs_of(twin: Twin, batch: Any, forward: Forward, last: str) -> list[Tensor]:
     """Return the tensors that judge a model on a batch.
 
     They are what the model's own `forward` returns when `forward(model, batch)` calls it, however
-    often; else what the module `last` returns.
+    often; else what its module `last` returns.
 
     Raises:
         TypeError: If neither gives a floating tensor.
@@ -40,30 +42,57 @@ def outputs_of(model: nn.Module, batch: Any, forward: Forward, last: nn.Module) 
     whole: list[Tensor] = []
     ends: list[Tensor] = []
     handles = [
-        module.register_forward_hook(lambda _m, _a, out, found=found: found.extend(tensors_of(out)))
-        for module, found in ((model, whole), (last, ends))
+        module.register_forward_hook(lambda _m, _a, out, seen=seen: seen.extend(tensors_of(out)))
+        for module, seen in ((twin.model, whole), (twin.model.get_submodule(last), ends))
     ]
     try:
-        forward(model, batch)
+        twin.run(forward, batch)
     finally:
         for handle in handles:
             handle.remove()
     if not whole and not ends:
-        raise TypeError(
+        raise ArgumentTypeError(
             "learned rounding compares outputs, and the model returned no floating tensor for a batch "
             f"({type(batch).__name__}). Let forward() return one, or choose method='gptq'."
         )
     return whole or ends
 
 
-def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+def distances(
+    exact: Twin, others: Sequence[Twin], calibration: Calibration, last: str
+) -> list[float]:
+    """Return how far the outputs of some twins are from those of the float network, over all batches.
+
+    Args:
+        exact: The float network.
+        others: What is compared with it.
+        calibration: Batches, and how to run them.
+        last: The module that stands for the output where there is no other; see `outputs_of`.
+
+    Returns:
+        For each of the others the mean of `distance` over the batches.
+    """
+    totals = [0.0] * len(others)
+
+    def visit(_number: int, batch: Any) -> None:
+        with torch.no_grad():
+            wanted = outputs_of(exact, batch, calibration.forward, last)
+            for i, twin in enumerate(others):
+                own = outputs_of(twin, batch, calibration.forward, last)
+                totals[i] += float(distance(own, wanted))
+
+    calibration.each(visit)
+    return [total / len(calibration) for total in totals]
+
+
+def distance(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """Return the mean squared difference of outputs as a share of the variance of those wanted.
 
     >>> distance([torch.tensor([0.0, 2.0])], [torch.tensor([1.0, -1.0])])
     tensor(5.)
     """
     parts = [
-        (f.float() - w.float()).square().mean() / w.float().var(correction=0).clamp(min=1e-12)
-        for f, w in zip(found, wanted, strict=True)
+        (o.float() - w.float()).square().mean() / w.float().var(correction=0).clamp(min=1e-12)
+        for o, w in zip(own, wanted, strict=True)
     ]
     return torch.stack(parts).mean()

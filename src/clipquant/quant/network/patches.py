@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from clipquant.errors import ArgumentTypeError
 from clipquant.quant.network.layers import Target
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs and output of a module
@@ -51,7 +52,9 @@ def _tensor(value: Any) -> Tensor:
     if isinstance(value, PackedSequence):
         value = value.data
     if not isinstance(value, Tensor):
-        raise TypeError(f"expected a tensor as the layer's input; got {type(value).__name__}")
+        raise ArgumentTypeError(
+            f"expected a tensor as the layer's input; got {type(value).__name__}"
+        )
     return value
 
 

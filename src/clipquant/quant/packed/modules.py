@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipquant.quant.codes.pack import PackedTensor, pack_tensor
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.packed.layers import blockwise_forward
-from clipquant.quant.packed.weight import PackedTensor, PackedWeight, pack_tensor
+from clipquant.quant.packed.weight import PackedWeight
 
 
 def pack_modules_(
@@ -29,8 +30,9 @@ def pack_modules_(
         aliases: Key of a tied tensor -> the key under which it is held.
 
     >>> from clipquant.quant.quantize import quantize_weights
+    >>> from clipquant.quant.recipe import Recipe
     >>> layer = nn.Linear(8, 4)
-    >>> weights = quantize_weights(layer, bits=4)
+    >>> weights = quantize_weights(layer, Recipe(bits=4))
     >>> pack_modules_(layer, {"weight": pack_tensor(weights.tensors["weight"])}, {})
     >>> list(layer.state_dict())
     ['bias', 'packed_weight.codes4', 'packed_weight.scale', 'packed_weight.zero']
@@ -63,8 +65,9 @@ def packed_copy(model: nn.Module, weights: QuantizedWeights) -> nn.Module:
     block of output channels at a time, whose sums the processor may take in another order.
 
     >>> from clipquant.quant.quantize import quantize_weights
+    >>> from clipquant.quant.recipe import Recipe
     >>> layer = nn.Linear(8, 4)
-    >>> packed_copy(layer, quantize_weights(layer, bits=4))
+    >>> packed_copy(layer, quantize_weights(layer, Recipe(bits=4)))
     PackedLinear(
       in_features=8, out_features=4, bias=True
       (packed_weight): PackedWeight((4, 8), 4 rows of 4 bits, mse)

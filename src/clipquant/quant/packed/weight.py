@@ -4,68 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.codes.grid import Grid, dequantize_rows, symmetric_zero
-from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.pack import pack, packed_bytes, unpack
-from clipquant.quant.codes.tensor import QuantizedTensor
+from clipquant.quant.codes.grid import Grid, dequantize_rows, row_levels, symmetric_zero
+from clipquant.quant.codes.pack import PackedTensor, pack, packed_bytes, unpack
 
 BLOCK = 1 << 17  # weights dequantized at a time: with their codes, two megabytes
-
-
-@dataclass(frozen=True)
-class PackedTensor:
-    """A quantized weight whose codes are dense bytes; everything else as in `QuantizedTensor`.
-
-    Args:
-        data: uint8 (bytes,), as `pack` makes them.
-        scale: Floating (rows or 1, groups): the step of the grid.
-        zero: Like `scale`: the possibly fractional code of 0.0. None: symmetric.
-        bits: Width of a code, or uint8 (rows,) where each row has its own, 0 to 8.
-        levels: Steps of the grid where all rows share them; None with a bits vector.
-        group_size: Neighbouring columns that share a scale.
-        layout: How the matrix folds back into the weight.
-        dtype: Floating dtype of the weight.
-        method: Name of the method that chose the codes.
-    """
-
-    data: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    bits: int | Tensor
-    levels: int | None
-    group_size: int
-    layout: Layout
-    dtype: torch.dtype
-    method: str = "rtn"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix of codes."""
-        return self.layout.rows, self.layout.columns
-
-
-def pack_tensor(tensor: QuantizedTensor) -> PackedTensor:
-    """Return a quantized weight with its codes packed.
-
-    >>> from clipquant.quant.codes.ranges import quantize_weight
-    >>> from clipquant.quant.codes.spec import QuantSpec
-    >>> tensor = quantize_weight(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), QuantSpec(2))
-    >>> pack_tensor(tensor).data
-    tensor([228], dtype=torch.uint8)
-    """
-    fields = {**vars(tensor)}
-    return PackedTensor(pack(fields.pop("codes"), tensor.bits), **fields)
-
-
-def unpack_tensor(packed: PackedTensor) -> QuantizedTensor:
-    """Return a packed weight with its codes unpacked: the inverse of `pack_tensor`."""
-    fields = {**vars(packed)}
-    return QuantizedTensor(unpack(fields.pop("data"), packed.bits, packed.shape), **fields)
 
 
 class PackedWeight(nn.Module):
@@ -80,10 +26,9 @@ class PackedWeight(nn.Module):
     Args:
         packed: The weight.
 
-    >>> from clipquant.quant.codes.ranges import quantize_weight
-    >>> from clipquant.quant.codes.spec import QuantSpec
-    >>> tensor = quantize_weight(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), QuantSpec(2))
-    >>> PackedWeight(pack_tensor(tensor))()
+    >>> grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 3, 4)
+    >>> data = torch.tensor([228], dtype=torch.uint8)
+    >>> PackedWeight(PackedTensor(data, grid, 2, Layout((1, 4)), torch.float32))()
     tensor([[0., 1., 2., 3.]])
     """
 
@@ -93,13 +38,15 @@ class PackedWeight(nn.Module):
 
     def __init__(self, packed: PackedTensor) -> None:
         super().__init__()
-        self.layout, self.levels, self.group_size = packed.layout, packed.levels, packed.group_size
+        levels, self.layout = packed.grid.levels, packed.layout
+        self.levels = levels if isinstance(levels, int) else None
+        self.group_size = packed.grid.group_size
         self.dtype, self.method = packed.dtype, packed.method
         blocks, order = _by_width(packed)
         self.rows = {bits: rows for bits, (rows, _) in blocks.items()}
         for bits, (_, data) in blocks.items():
             self.register_buffer(f"codes{bits}", data)
-        self.register_buffer("scale", packed.scale)
+        self.register_buffer("scale", packed.grid.scale)
         self.register_buffer("zero", _explicit_zero(packed))
         self.register_buffer("order", order)
 
@@ -239,8 +186,7 @@ def _by_width(packed: PackedTensor) -> tuple[dict[int, tuple[int, Tensor]], Tens
 
 def _explicit_zero(packed: PackedTensor) -> Tensor | None:
     """Return the grid's zero; rows of different widths have different middles, so name them."""
-    if packed.zero is not None or not isinstance(packed.bits, Tensor):
-        return packed.zero
-    levels = 2 ** packed.bits.to(torch.int64) - 1
-    zero = torch.as_tensor(symmetric_zero(levels)).to(packed.scale.dtype)
-    return zero.unsqueeze(1)
+    grid = packed.grid
+    if grid.zero is not None or not isinstance(packed.bits, Tensor):
+        return grid.zero
+    return torch.as_tensor(symmetric_zero(row_levels(packed.bits))).to(grid.scale.dtype)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from clipquant.quant.codes.grid import Grid
+from clipquant.quant.codes.grid import Coded, Grid, row_levels
 from clipquant.quant.codes.spec import MAX_BITS
-from clipquant.quant.codes.tensor import from_codes
+from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights, rest_of
-from clipquant.quant.network.batchnorm import followed, settled_statistics
-from clipquant.quant.network.calibration import Forward, Progress, call_model
+from clipquant.quant.network.batchnorm import reestimate
+from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Selection, Target, bias_of, is_lookup
 from clipquant.quant.network.moments import HESSIAN_LIMIT, Moments, observe
-from clipquant.quant.network.twin import twin
+from clipquant.quant.network.twin import Twin
 from clipquant.quant.widths.frontier import WIDTHS, Choices, Frontier, frontier
 from clipquant.quant.widths.nearest import nearest_rows
-from clipquant.quant.widths.rows import solve_rows
+from clipquant.quant.widths.rows import RowGptq, solve_rows
 from clipquant.quant.widths.table import RowTable
 
+ROWS = RowGptq()  # how rows are walked
 UNSEEN = 0.1  # share of the mean that a row of a lookup counts for which no batch looks up
 
 
@@ -37,8 +37,7 @@ class Allocator:
         biases: Name of a weight -> name of the bias that takes up its mean error.
         frontier: The best allocations.
         notes: Name of a weight -> what its reader should know.
-        batches: Calibration inputs.
-        forward: Runs a model on a batch.
+        calibration: Batches, and how to run them; None: no batch was seen.
     """
 
     model: nn.Module
@@ -47,17 +46,15 @@ class Allocator:
     biases: Mapping[str, str]
     frontier: Frontier
     notes: Mapping[str, str]
-    batches: Sequence[Any] = ()
-    forward: Forward = call_model
+    calibration: Calibration | None = None
 
     def weights(self, bits: Mapping[str, Tensor]) -> QuantizedWeights:
         """Return the weights with these widths, uint8 (rows,) a weight."""
         tensors = {}
         for target in self.selection.targets:
             table, own = self.tables[target.name], bits[target.name]
-            codes, grid = table.take(own)
-            tensors[target.name] = from_codes(
-                codes, grid, own, target.layout, target.weight.dtype, table.method
+            tensors[target.name] = QuantizedTensor(
+                table.take(own), own, target.layout, target.weight.dtype, table.method
             )
         floats = rest_of(self.model, tensors, self.selection.aliases)
         for name, bias in self.biases.items():
@@ -69,10 +66,12 @@ class Allocator:
 
     def settled(self, weights: QuantizedWeights) -> QuantizedWeights:
         """Return the same weights, with BatchNorm statistics that follow them where that is better."""
-        biases = {name: weights.floats[name] for name in self.biases.values()}
-        found = settled_statistics(self.model, weights.tensors, biases, self.batches, self.forward)
-        left = tuple(followed(item) if item.name in found else item for item in weights.left)
-        return replace(weights, floats={**weights.floats, **found}, left=left)
+        if not self.calibration:
+            return weights
+        rounded = Twin(self.model)
+        rounded.hold_({name: dequantize(tensor) for name, tensor in weights.tensors.items()})
+        rounded.hold_({name: weights.floats[name] for name in self.biases.values()})
+        return weights.following(reestimate(Twin(self.model), rounded, self.calibration))
 
     def uniform(self, width: int) -> dict[str, Tensor]:
         """Return one width for all rows, but for weights whose width is given."""
@@ -97,12 +96,10 @@ def allocator(
     model: nn.Module,
     selection: Selection,
     fisher: Mapping[str, Tensor],
-    batches: Sequence[Any],
+    calibration: Calibration | None,
     *,
-    forward: Forward = call_model,
     group_size: int | None = None,
     fixed: Mapping[str, int] | None = None,
-    progress: Progress | None = None,
 ) -> Allocator:
     """Return every weight at every width, and the frontier of their allocations.
 
@@ -114,17 +111,15 @@ def allocator(
         model: The float model; it is not touched.
         selection: What of it is quantized.
         fisher: Name of a weight -> E[g^2], (rows, columns).
-        batches: Calibration inputs; none: every weight is rounded to nearest.
-        forward: Runs a model on a batch.
+        calibration: Batches, and how to run them; none: every weight is rounded to nearest.
         group_size: Weights of a row that share a scale. None: the whole row.
         fixed: Name of a weight -> its width, where it is given.
-        progress: Told before each weight.
 
     Raises:
         ValueError: If a weight's inputs are NaN or infinite.
     """
     tables, biases, choices, notes = {}, {}, {}, {}
-    for target, moments in _observed(model, selection.targets, batches, forward, progress):
+    for target, moments in _observed(model, selection.targets, calibration):
         name = target.name
         matrix = target.layout.fold(target.weight.detach()).float().cpu()
         size = min(group_size or target.layout.columns, target.layout.columns)
@@ -146,14 +141,17 @@ def allocator(
             )
             notes[name] = f"rounded to nearest: {why}"
         else:
-            tables[name] = solve_rows(matrix, moments, widths, size, centred=bias is not None)
+            tables[name] = solve_rows(
+                matrix, moments, widths, size, centred=bias is not None, knobs=ROWS
+            )
             losses = tables[name].errors * (output_curvature(own, moments) / 2).unsqueeze(1)
             if bias is not None:
                 biases[name] = bias
         choices[name] = Choices(target.layout.columns, losses, widths)
-    if progress is not None:
-        progress(selection.targets[-1].name, len(selection.targets), len(selection.targets))
-    return Allocator(model, selection, tables, biases, frontier(choices), notes, batches, forward)
+    if calibration is not None:
+        steps = len(selection.targets)
+        calibration.tell(selection.targets[-1].name, steps, steps)
+    return Allocator(model, selection, tables, biases, frontier(choices), notes, calibration)
 
 
 def smallest_weights(
@@ -180,9 +178,8 @@ def smallest_weights(
         codes = torch.zeros(layout.rows, layout.columns, dtype=torch.uint8)
         scale = torch.zeros(layout.rows, -(-layout.columns // size), dtype=torch.float16)
         bits = torch.full((layout.rows,), width, dtype=torch.uint8)
-        levels = (2 ** bits.long() - 1).unsqueeze(1)
-        grid = Grid(scale, torch.full_like(scale, -1.0), levels, size)
-        tensors[target.name] = from_codes(codes, grid, bits, layout, target.weight.dtype, "gptq")
+        coded = Coded(codes, Grid(scale, torch.full_like(scale, -1.0), row_levels(bits), size))
+        tensors[target.name] = QuantizedTensor(coded, bits, layout, target.weight.dtype, "gptq")
     floats = rest_of(model, tensors, selection.aliases)
     return QuantizedWeights(tensors, floats, selection.aliases, selection.left)
 
@@ -207,21 +204,16 @@ def output_curvature(fisher: Tensor, moments: Moments) -> Tensor:
 
 
 def _observed(
-    model: nn.Module,
-    targets: Sequence[Target],
-    batches: Sequence[Any],
-    forward: Forward,
-    progress: Progress | None,
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None
 ) -> Iterator[tuple[Target, Moments | None]]:
     """Yield each weight with the moments of its inputs, those of one pass held at a time."""
-    same = twin(model)
-    known = [t for t in targets if batches and not is_lookup(model, t)]
-    done = 0
+    known = [t for t in targets if calibration and not is_lookup(model, t)]
+    twin, done = Twin(model), 0
     for group in _passes(known):
-        moments = observe((same, same), group, batches, forward)
+        assert calibration is not None  # noqa: S101 - without one no weight is known
+        moments = observe((twin, twin), group, calibration)
         for target in group:
-            if progress is not None:
-                progress(target.name, done, len(targets))
+            calibration.tell(target.name, done, len(targets))
             done += 1
             yield target, moments.pop(target.name, None)
     for target in targets:

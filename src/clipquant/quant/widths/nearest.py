@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipquant.quant.codes.grid import Grid, dequantize_rows, group, quantize_rows
+from clipquant.quant.codes.grid import Coded, Grid, group
 from clipquant.quant.widths.sensitivity import row_losses
 from clipquant.quant.widths.table import RowTable
 
@@ -37,11 +37,9 @@ def nearest_rows(
     for grid in grids.values():
         dtype = torch.promote_types(dtype, grid.scale.dtype)
     grids = {width: grid.to(dtype) for width, grid in grids.items()}
-    codes = {width: quantize_rows(matrix, grid) for width, grid in grids.items()}
-    errors = 2 * row_losses(
-        matrix, fisher, lambda width: dequantize_rows(codes[width], grids[width]), widths
-    )
-    return RowTable(codes, grids, errors, {}, "mse")
+    coded = {width: Coded.nearest(matrix, grid) for width, grid in grids.items()}
+    errors = 2 * row_losses(matrix, fisher, lambda width: coded[width].values(), widths)
+    return RowTable(coded, errors, {}, "mse")
 
 
 def column_weights(fisher: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipquant.errors import ArgumentError, ArgumentTypeError
+from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Target
 from clipquant.quant.widths.frontier import WIDTHS
 
@@ -16,7 +18,7 @@ Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]  # a batch's mean loss, an
 
 
 def squared_gradients(
-    model: nn.Module, targets: Sequence[Target], batches: Iterable[Any], loss: Loss
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration, loss: Loss
 ) -> dict[str, Tensor]:
     """Return E[g^2] of each weight, g the gradient of one sample's loss; the model is not changed.
 
@@ -26,7 +28,7 @@ def squared_gradients(
     Args:
         model: In eval mode.
         targets: Its weights.
-        batches: What `loss` takes.
+        calibration: Batches; `loss` takes each as the loop brings it.
         loss: Gives the mean loss of a batch, with a graph, and the number of its samples.
 
     Returns:
@@ -42,28 +44,33 @@ def squared_gradients(
     weights = [target.weight for target in targets]
     trained = [weight.requires_grad for weight in weights]
     count, reached = 0, False
+
+    def visit(_number: int, batch: Any) -> None:
+        nonlocal count, reached
+        count += 1
+        with torch.enable_grad():
+            value, samples = loss(model, batch)
+            _check_loss(value, count)
+            slopes = torch.autograd.grad(value, weights, allow_unused=True)
+        for total, target, slope in zip(sums, targets, slopes, strict=True):
+            if slope is not None:
+                reached = True
+                total.add_(target.layout.fold(slope.float()).square_().cpu(), alpha=samples)
+
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        for count, batch in enumerate(batches, 1):
-            with torch.enable_grad():
-                value, samples = loss(model, batch)
-                _check_loss(value, count)
-                found = torch.autograd.grad(value, weights, allow_unused=True)
-            for total, target, gradient in zip(sums, targets, found, strict=True):
-                if gradient is not None:
-                    reached = True
-                    total.add_(target.layout.fold(gradient.float()).square_().cpu(), alpha=samples)
+        calibration.each(visit)
     finally:
         for weight, flag in zip(weights, trained, strict=True):
             weight.requires_grad_(flag)
     if not count:
-        raise ValueError(
+        raise ArgumentError(
             "bits='auto' estimates sensitivities from data, and there was no batch. "
             "Pass data that is not empty (an iterator gives its batches only once)."
         )
     if not reached:
-        raise ValueError(
+        raise ArgumentError(
             "no weight to quantize has a gradient: the loss does not depend on them. Check that the model runs "
             "its layers on the batch and does not detach their outputs."
         )
@@ -72,7 +79,7 @@ def squared_gradients(
 
 def _check_loss(value: Tensor, number: int) -> None:
     if not torch.isfinite(value):
-        raise ValueError(
+        raise ArgumentError(
             f"the loss of calibration batch {number} is {float(value)}: sensitivities need finite "
             "losses. Check the batch and the weights."
         )
@@ -121,7 +128,7 @@ def first_tensor(output: Any) -> Tensor:
     elif hasattr(value, "logits"):
         value = value.logits
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(
+        raise ArgumentTypeError(
             "sensitivities need an output with a floating tensor (itself, under 'logits', or first); "
             f"got {type(output).__name__}. Give quantize() a model that returns one."
         )

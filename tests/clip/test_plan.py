@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clipquant.clip import AGC, Gradients, Indicator, Norm, Value, clip_gradients_
-from clipquant.clip.plans import Clamp, Scale, ScaleEach
-from clipquant.clip.write import carry_out_, norms_after, writable
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=3), min_size=1, max_size=5)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -54,50 +52,6 @@ def test_what_is_written_is_what_clip_returns(
     clip_gradients_(params, rule, on_nonfinite="skip", measure=True)
     for param, e in zip(params, expected, strict=True):
         torch.testing.assert_close(param.grad, e.detach(), rtol=1e-7, atol=0)
-
-
-def example() -> tuple[Gradients, list[nn.Parameter]]:
-    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
-    return Gradients([torch.tensor([3.0, 4.0]), torch.zeros(3)]), params
-
-
-def test_a_scale_of_one_writes_nothing() -> None:
-    grads, params = example()
-    versions = [grad._version for grad in grads]
-    assert not carry_out_(Norm(1.0), Scale(torch.tensor(1.0)), grads, params).clipped
-    each = ScaleEach({id(param): 1.0 for param in params})
-    assert not carry_out_(Norm(1.0), each, grads, params).clipped
-    assert [grad._version for grad in grads] == versions
-
-
-def test_scales_write_only_what_they_change() -> None:
-    grads, params = example()
-    version = grads[1]._version
-    plan = ScaleEach({id(params[0]): 0.5, id(params[1]): 1.0})
-    assert carry_out_(Norm(1.0), plan, grads, params).clipped
-    assert grads[0].tolist() == [1.5, 2.0]
-    assert grads[1]._version == version
-
-
-def test_norms_after_are_arithmetic_or_measured() -> None:
-    grads, params = example()
-    grads.norms()
-    assert norms_after(Scale(torch.tensor(0.5)), grads, params, 2.0).tolist() == [2.5, 0.0]
-    each = ScaleEach({id(params[0]): 0.1, id(params[1]): 1.0})
-    assert norms_after(each, grads, params, 2.0).tolist() == pytest.approx([0.5, 0.0])
-    carry_out_(Value(1.0), Clamp(1.0), grads, params)
-    assert norms_after(Clamp(1.0), grads, params, 2.0).tolist() == pytest.approx([math.sqrt(2), 0])
-
-
-def test_gradients_are_made_writable_only_where_they_have_to_be() -> None:
-    plain = torch.ones(3)
-    assert writable(plain) is plain
-    indices = torch.tensor([[1, 1]])
-    twice = torch.sparse_coo_tensor(indices, torch.tensor([1.0, 2.0]), (3,), check_invariants=True)
-    assert writable(twice).values().tolist() == [3.0]
-    lazy = torch.tensor([1 + 2j]).conj()
-    assert not writable(lazy).is_conj()
-    assert writable(lazy).tolist() == [1 - 2j]
 
 
 class Keep:

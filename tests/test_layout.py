@@ -1,0 +1,67 @@
+"""Tests mirror the package: each module has a test file of its own name, or a reason here not to have one."""
+
+from pathlib import Path
+
+import pytest
+
+import clipquant
+
+SOURCE, TESTS = Path(clipquant.__file__).parent, Path(__file__).parent
+
+REASONS = {
+    "_version.py": "one constant, compared with the program's own in cli/test_program.py",
+    "artifact/content.py": "artifact/test_artifact.py and artifact/test_packed_load.py: the file as a whole",
+    "artifact/envelope.py": "artifact/test_artifact.py: the file as a whole",
+    "callbacks/auto.py": "budget/test_search.py runs it in real fits",
+    "callbacks/checkpoint.py": "callbacks/test_quantize.py runs it in real fits",
+    "callbacks/clip_figures.py": "callbacks/test_gradient_clip.py runs it in real fits",
+    "callbacks/clip_targets.py": "callbacks/test_gradient_clip_kinds.py runs it in real fits",
+    "callbacks/data.py": "callbacks/test_calibration.py and test_evaluate.py run it in real fits",
+    "callbacks/guest.py": "callbacks/test_evaluate.py runs it in real fits",
+    "callbacks/loggers.py": "callbacks/test_quantize.py runs it in real fits",
+    "callbacks/quantize_checks.py": "callbacks/test_quantize.py: what is refused before a fit",
+    "cli/command.py": "a record and an error, without logic",
+    "clip/checks.py": "clip/test_rules.py: what each rule refuses",
+    "clip/outcome.py": "a record; clip/test_apply.py shows what it tells",
+    "clip/record.py": "clip/test_apply.py: what a clipping gives back",
+    "clip/shards.py": "clip/test_distributed.py runs it in two processes",
+    "export/parts/format.py": "export/test_formats.py: a format of one's own through all that reads one",
+    "export/parts/needs.py": "export/test_formats.py: what is missing is named",
+    "export/parts/onnx_graph.py": "export/test_onnx.py and test_onnx_int8.py: every file is made of it",
+    "export/parts/subject.py": "records; export/test_formats.py shows what they refuse",
+    "quant/codes/layout.py": "quant/codes/test_ranges.py: every layout there and back",
+    "quant/codes/tensor.py": "quant/codes/test_ranges.py and test_pack.py: codes there and back",
+    "quant/codes/weights.py": "quant/test_quantize.py: a whole model's weights",
+    "quant/error/descent.py": "quant/methods/test_layerwise.py: no output gets worse",
+    "quant/error/output_error.py": "quant/methods/test_layerwise.py: no output gets worse",
+    "quant/error/own_error.py": "quant/methods/test_adaround.py: no output gets worse",
+    "quant/error/walk.py": "quant/methods/test_layerwise.py: layer after layer",
+    "quant/methods/auto.py": "quant/methods/test_layerwise.py: the better of two methods",
+    "quant/methods/gptq.py": "quant/methods/test_layerwise.py: against a slow reference",
+    "quant/network/calibration.py": "callbacks/test_calibration.py and quant/methods/test_layerwise.py",
+    "quant/network/moments.py": "quant/methods/test_layerwise.py: against inputs that are kept whole",
+    "quant/network/outputs.py": "quant/methods/test_adaround.py: outputs of every form",
+    "quant/network/patches.py": "quant/methods/test_layerwise.py: convolutions against torch's own",
+    "quant/packed/layers.py": "quant/packed/test_modules.py: every kind of layer",
+    "quant/packed/weight.py": "quant/packed/test_modules.py: every width and layout",
+    "quant/widths/sensitivity.py": "quant/widths/test_allocator.py: what rows lose",
+    "quant/widths/table.py": "quant/widths/test_rows.py: rows at every width",
+}
+
+
+def modules():
+    return sorted(
+        path.relative_to(SOURCE).as_posix()
+        for path in SOURCE.rglob("*.py")
+        if path.name != "__init__.py"
+    )
+
+
+@pytest.mark.skipif(not SOURCE.is_relative_to(TESTS.parent), reason="tests of another source tree")
+def test_every_module_has_a_test_file_or_a_reason_not_to():
+    missing = [
+        name
+        for name in modules()
+        if not (TESTS / name).with_name(f"test_{Path(name).name}").is_file() and name not in REASONS
+    ]
+    assert missing == [], "write tests/ROOM/test_MODULE.py, or a reason in tests/test_layout.py"
