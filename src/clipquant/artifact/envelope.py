@@ -70,8 +70,9 @@ def seal(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
     digests = b"".join(hashlib.sha256(body).digest()[:_SHORT] for body in bodies)
     frame = _frame(tensors, about, digests)
     whole = hashlib.sha256(frame.head)
-    for body in (*bodies, frame.tail):
+    for body in bodies:
         whole.update(body)
+    whole.update(frame.tail)
     at = frame.blank
     head = frame.head[:at] + whole.hexdigest().encode() + frame.head[at + len(_BLANK) :]
     return b"".join((head, *bodies, frame.tail))
