@@ -16,14 +16,13 @@ import copy
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import resource
 import signal
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -90,8 +89,16 @@ class Outcome:
     refused: int = 0
     other: Counter[str] = field(default_factory=Counter)
     slowest: float = 0.0
-    slowest_per_mb: float = 0.0
+    more_mb: float = 0.0
     rules: Counter[str] = field(default_factory=Counter)
+
+    def join_(self, other: Outcome) -> None:
+        for name in ("inputs", "calls", "loaded", "refused"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.slowest = max(self.slowest, other.slowest)
+        self.more_mb = max(self.more_mb, other.more_mb)
+        self.other.update(other.other)
+        self.rules.update(other.rules)
 
 
 def take_apart(data: bytes) -> Parts:
@@ -326,7 +333,7 @@ def fuzz(inputs: int, seed: int, folder: Path, seconds: float = 1e9) -> Outcome:
             continue
         path.write_bytes(data)
         outcome.inputs += 1
-        if _try_all(path, start.model, number, len(data), outcome) and len(data) < 20_000:
+        if _try_all(path, start.model, number, outcome) and len(data) < 8_000:
             if len(corpus) < first + 200:
                 corpus.append(Seed(parts, start.model))
             else:
@@ -336,9 +343,28 @@ def fuzz(inputs: int, seed: int, folder: Path, seconds: float = 1e9) -> Outcome:
     return outcome
 
 
-def _try_all(
-    path: Path, model: Callable[[], nn.Module], number: int, size: int, outcome: Outcome
-) -> bool:
+def fuzz_in_turn(inputs: int, seed: int, folder: Path, seconds: float, jobs: int) -> Outcome:
+    """Return what came of so many made-up files, tried by several processes."""
+    total = Outcome()
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        share = [(inputs // jobs, seed + job, folder / str(job), seconds) for job in range(jobs)]
+        for outcome in pool.starmap(_measured, share):
+            total.join_(outcome)
+    return total
+
+
+def _measured(inputs: int, seed: int, folder: Path, seconds: float) -> Outcome:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder.mkdir()
+    fuzz(300, seed + 1000, folder)  # takes the memory that any use of the package does
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcome = fuzz(inputs, seed, folder, seconds)
+    outcome.more_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return outcome
+
+
+def _try_all(path: Path, model: Callable[[], nn.Module], number: int, outcome: Outcome) -> bool:
     """Call everything on a file; return whether it loaded."""
     loads = False
     for name, call in calls(path, model, number):
@@ -360,8 +386,6 @@ def _try_all(
         took = time.perf_counter() - began
         outcome.calls += 1
         outcome.slowest = max(outcome.slowest, took)
-        if size > 1 << 20:
-            outcome.slowest_per_mb = max(outcome.slowest_per_mb, took / size * 1e6)
     return loads
 
 
@@ -393,33 +417,22 @@ def truncations(folder: Path) -> tuple[int, int]:
     return count, unseen
 
 
-_SAVER = """
-import sys, torch
-from torch import nn
-from clipquant import quantize
-models = [quantize(nn.Linear(300, 300), bits, method="rtn", progress=False) for bits in (2, 8)]
-print("ready", flush=True)
-while True:
-    for made in models:
-        made.save(sys.argv[1])
-"""
-
-
 def kills(count: int, seed: int, folder: Path) -> tuple[int, int, int]:
     """Kill processes that save, at seeded moments; return kills, files lost and leavings that stay."""
     rng, lost = random.Random(seed), 0
     path = folder / "killed" / "model.safetensors"
+    models = [quantize(nn.Linear(300, 300), bits, method="rtn") for bits in (2, 8)]
     for _ in range(count):
-        worker = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _SAVER, str(path)], stdout=subprocess.PIPE
-        )
-        assert worker.stdout is not None
-        worker.stdout.readline()
-        time.sleep(0.005 + rng.random() * 0.1)
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
+        worker = os.fork()
+        if not worker:
+            while True:
+                for made in models:
+                    made.save(path)
+        time.sleep(rng.random() * 0.05)
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
         lost += path.exists() and bool(verify_artifact(path))
-    quantize(nn.Linear(4, 4)).save(path)
+    models[0].save(path)
     return count, lost, len(os.listdir(path.parent)) - 1
 
 
@@ -428,6 +441,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--kills", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the made-up files then")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -439,10 +453,7 @@ def main() -> int:
         killed, lost, left = kills(args.kills, args.seed, folder)
         flipped, unseen = flips(folder)
         cut, uncut = truncations(folder)
-        fuzz(300, args.seed + 1, folder)  # what any use of the package takes
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        outcome = fuzz(args.inputs, args.seed, folder, args.seconds)
-        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        outcome = fuzz_in_turn(args.inputs, args.seed, folder, args.seconds, args.jobs)
     other = sum(outcome.other.values())
     for said, times in outcome.rules.most_common(12):
         print(f"{times:9,}  {said}")
@@ -460,7 +471,7 @@ def main() -> int:
     )
     print(
         f"| the most that one of these took | | {outcome.slowest:.2f} s; "
-        f"{max(more, 0):.0f} MB more memory than before |"
+        f"{outcome.more_mb:.0f} MB more memory than before |"
     )
     return int(bool(other or lost or left or unseen or uncut))
 
