@@ -46,12 +46,15 @@ class Part:
 
     def state(self, states: State) -> State:
         """Return this part's state out of all states; the rule's initial one where there is none."""
-        own = {
+        return self.found(states) or self.rule.init()
+
+    def found(self, states: State) -> State:
+        """Return this part's state out of all states; empty where there is none."""
+        return {
             key.removeprefix(self.prefix): value
             for key, value in states.items()
             if key.startswith(self.prefix) and (self.prefix or not _GROUPS_KEY.match(key))
         }
-        return own or self.rule.init()
 
     def prefixed(self, state: State) -> State:
         """Return `state` under this part's keys."""
