@@ -110,6 +110,7 @@ def _about(weights: QuantizedWeights) -> dict[str, Any]:
         "aliases": dict(weights.aliases),
         "left": [[item.name, item.bytes, item.why] for item in weights.left],
         "versions": _versions(),
+        **({"lookups": sorted(weights.lookups)} if weights.lookups else {}),
     }
 
 
@@ -262,7 +263,8 @@ def _weights(stored: dict[str, Tensor], metadata: Mapping[str, Any]) -> Quantize
         for name, about in metadata["tensors"].items()
     }
     left = tuple(LeftInFloat(*item) for item in metadata["left"])
-    return QuantizedWeights(tensors, stored, metadata["aliases"], left)
+    lookups = frozenset(metadata.get("lookups", ()))
+    return QuantizedWeights(tensors, stored, metadata["aliases"], left, lookups=lookups)
 
 
 def _packed(name: str, about: Mapping[str, Any], stored: dict[str, Tensor]) -> PackedTensor:

@@ -20,6 +20,7 @@ class QuantizedWeights:
         aliases: Key of a tied tensor -> the key under which it is held.
         left: What stays in float, and why.
         notes: State-dict key -> what the reader should know of a weight, such as a fallback.
+        lookups: Keys of the quantized weights that are looked up, as those of embeddings.
     """
 
     tensors: Mapping[str, QuantizedTensor]
@@ -27,6 +28,7 @@ class QuantizedWeights:
     aliases: Mapping[str, str]
     left: tuple[LeftInFloat, ...]
     notes: Mapping[str, str] = field(default_factory=dict)
+    lookups: frozenset[str] = frozenset()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every key of the model's state dict, the quantized weights dequantized."""

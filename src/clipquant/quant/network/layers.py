@@ -224,6 +224,11 @@ def is_lookup(model: nn.Module, target: Target) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
+def lookups_of(model: nn.Module, targets: Iterable[Target]) -> frozenset[str]:
+    """Return the names of the weights that are looked up."""
+    return frozenset(target.name for target in targets if is_lookup(model, target))
+
+
 def check_finite(targets: Iterable[Target]) -> None:
     """Raise for weights that hold NaN or infinity, naming every such tensor and its count."""
     bad = []
