@@ -182,10 +182,10 @@ def _readings(model: nn.Module, batch: Any) -> list[Example]:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's kind and what it says on one line without a terminal's codes; if that is long, its cause too.
+    """Return an error's kind and what it says on one line without a terminal's codes; if long, its cause too.
 
-    >>> reason(ValueError("\\x1b[31mred\\x1b[0m"))
-    'ValueError: red'
+    >>> reason(ValueError("no  such size."))
+    'ValueError: no such size'
     """
     text = _one_line(error)
     root = error

@@ -134,7 +134,7 @@ def _longer(program: ExportedProgram, example: Example) -> Example:
 
 
 def _trace(model: nn.Module, example: Example, shapes: Any) -> ExportedProgram:
-    with torch.no_grad():
+    with torch.no_grad(), _spelled(model, example):
         return torch.export.export(
             model, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
         )
@@ -152,13 +152,41 @@ def _dynamic_shapes(model: nn.Module, example: Example, lengths: bool = False) -
             marked |= {axis: Dim.AUTO for axis in range(1, leaf.dim()) if leaf.shape[axis] > 1}
         return marked or None
 
-    signature = inspect.signature(model.forward)
-    arguments = dict(signature.bind(*example.args, **example.kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(name, {})
-    marked: dict[str, Any] = pytree.tree_map(mark, arguments)
+    bound = _signature(model, example).bind(*example.args, **example.kwargs)
+    marked: dict[str, Any] = pytree.tree_map(mark, dict(bound.arguments))
     return marked
+
+
+def _signature(model: nn.Module, example: Example) -> inspect.Signature:
+    """Return the signature of forward, keywords of any name as those that the example gives."""
+    own = inspect.signature(model.forward).parameters
+    known = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    loose = [] if len(known) == len(own) else [name for name in example.kwargs if name not in own]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in loose]
+    return inspect.Signature([*known, *more])
+
+
+@contextmanager
+def _spelled(model: nn.Module, example: Example) -> Iterator[None]:
+    """Show torch.export a forward without keywords of any name, whose open sizes it cannot read."""
+    forward, own = model.forward, "forward" in vars(model)
+    parameters = inspect.signature(forward).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        yield
+        return
+
+    def spelled(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    spelled.__signature__ = _signature(model, example)  # type: ignore[attr-defined]
+    model.forward = spelled
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = forward
+        else:
+            del model.forward
 
 
 @contextmanager
