@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.weights import LeftInFloat
+from clipquant.quant.codes.weights import LeftInFloat, check_storable
 
 _Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.EmbeddingBag)
@@ -76,6 +76,7 @@ def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Se
     ['0.weight']
     """
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    check_storable(state)
     check_globs(state, include=include, exclude=exclude)
     aliases = tied_keys(state)
     candidates = {target.name: target for target in weights_of(model)}
@@ -125,7 +126,9 @@ def unknown_weights(model: nn.Module) -> Iterator[Target]:
 
 def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
     own = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
-    if isinstance(module, _Transposed) and own.get("weight") is not None:
+    if _is_conv1d_of_transformers(module) and own.get("weight") is not None:
+        yield "weight", Layout(tuple(module.weight.shape), 1)  # type: ignore[union-attr, arg-type]
+    elif isinstance(module, _Transposed) and own.get("weight") is not None:
         yield "weight", Layout(tuple(module.weight.shape), 1, module.groups)
     elif isinstance(module, _Weighted) and own.get("weight") is not None:
         yield "weight", Layout(tuple(module.weight.shape))
@@ -135,6 +138,14 @@ def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
     elif isinstance(module, _Recurrent):
         names = [name for name in own if name.startswith(("weight_ih", "weight_hh", "weight_hr"))]
         yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """Return whether a layer is GPT-2's: a Linear whose weight is (in, out), known without its package."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+        for kind in type(module).__mro__
+    )
 
 
 def tied_keys(state: dict[str, Tensor]) -> dict[str, str]:
@@ -245,6 +256,11 @@ def is_lookup(model: nn.Module, target: Target) -> bool:
     """Return whether a weight is looked up, and so multiplies with nothing."""
     module = model.get_submodule(target.name.rpartition(".")[0])
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+
+
+def lookups_of(model: nn.Module, targets: Iterable[Target]) -> frozenset[str]:
+    """Return the names of the weights that are looked up."""
+    return frozenset(target.name for target in targets if is_lookup(model, target))
 
 
 def check_finite(targets: Iterable[Target]) -> None:
