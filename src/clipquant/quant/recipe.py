@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from clipquant.errors import ArgumentError
+from clipquant.quant.codes.size import coded_bytes
 from clipquant.quant.codes.spec import Granularity, QuantSpec, check_bits
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.methods.base import reads_data
@@ -68,8 +69,20 @@ class Recipe:
         return bool(self.solver.needs_data)
 
     def select(self, model: nn.Module) -> Selection:
-        """Return which weights of a model are quantized, and why others are not."""
-        return select(model, self.include, self.exclude)
+        """Return which weights of a model are quantized, and why others are not.
+
+        A weight that would take more bytes as codes stays in float, unless an override gives it bits, or
+        that is so of all.
+        """
+        selection = select(model, self.include, self.exclude)
+        specs = self.specs(selection.targets)
+        larger = {
+            target.name: f"would take more bytes as codes: {size:,} against {target.weight.nbytes:,}"
+            for target in selection.targets
+            if self.override(target.name) is None
+            and (size := coded_bytes(target.layout, specs[target.name])) > target.weight.nbytes
+        }
+        return selection.without(larger) if len(larger) < len(specs) else selection
 
     def specs(self, targets: Iterable[Target]) -> dict[str, QuantSpec]:
         """Return each weight's grid: `spec`, or with the bits of the first override that matches.

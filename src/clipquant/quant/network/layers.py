@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -58,6 +58,16 @@ class Selection:
     targets: tuple[Target, ...]
     left: tuple[LeftInFloat, ...]
     aliases: dict[str, str]
+
+    def without(self, reasons: Mapping[str, str]) -> Selection:
+        """Return the selection without some of its targets: name -> why it stays in float."""
+        kept = tuple(target for target in self.targets if target.name not in reasons)
+        left = tuple(
+            LeftInFloat(target.name, target.weight.nbytes, reasons[target.name])
+            for target in self.targets
+            if target.name in reasons
+        )
+        return replace(self, targets=kept, left=(*self.left, *left))
 
 
 def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Selection:
