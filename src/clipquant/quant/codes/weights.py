@@ -66,7 +66,9 @@ def check_storable(state: Mapping[str, Tensor]) -> None:
     Raises:
         ArgumentError: Naming the tensors.
     """
-    odd = {n: t.layout for n, t in state.items() if t.layout is not torch.strided}
+    odd: dict[str, object] = {
+        n: t.layout for n, t in state.items() if t.layout is not torch.strided
+    }
     odd |= {n: t.dtype for n, t in state.items() if t.dtype is torch.complex128}
     if odd:
         named = ", ".join(f"{name} ({kind})" for name, kind in odd.items())

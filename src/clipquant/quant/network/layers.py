@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -59,6 +59,16 @@ class Selection:
     targets: tuple[Target, ...]
     left: tuple[LeftInFloat, ...]
     aliases: dict[str, str]
+
+    def without(self, reasons: Mapping[str, str]) -> Selection:
+        """Return the selection without some of its targets: name -> why it stays in float."""
+        kept = tuple(target for target in self.targets if target.name not in reasons)
+        left = tuple(
+            LeftInFloat(target.name, target.weight.nbytes, reasons[target.name])
+            for target in self.targets
+            if target.name in reasons
+        )
+        return replace(self, targets=kept, left=(*self.left, *left))
 
 
 def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Selection:
@@ -127,7 +137,7 @@ def unknown_weights(model: nn.Module) -> Iterator[Target]:
 def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
     own = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
     if _is_conv1d_of_transformers(module) and own.get("weight") is not None:
-        yield "weight", Layout(tuple(module.weight.shape), 1)  # type: ignore[union-attr, arg-type]
+        yield "weight", Layout(tuple(module.weight.shape), 1)  # type: ignore[arg-type]
     elif isinstance(module, _Transposed) and own.get("weight") is not None:
         yield "weight", Layout(tuple(module.weight.shape), 1, module.groups)
     elif isinstance(module, _Weighted) and own.get("weight") is not None:
