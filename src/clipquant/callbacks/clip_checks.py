@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
 from clipquant.clip.rule import Rule
+from clipquant.errors import ArgumentError, ArgumentTypeError
 
 
 def refuse_second_clipping(trainer: pl.Trainer) -> None:
@@ -87,7 +88,7 @@ def as_count(name: str, value: Any, low: int, remedy: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}: {remedy}")
+        raise ArgumentError(f"{name} must be a whole number >= {low}, got {value!r}: {remedy}")
     return value
 
 
@@ -96,7 +97,7 @@ def as_limit(name: str, value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"{name} must be a number > 0, or None for no limit, got {value!r}")
+        raise ArgumentError(f"{name} must be a number > 0, or None for no limit, got {value!r}")
     return float(value)
 
 
@@ -105,7 +106,7 @@ def as_globs(name: str, value: Any) -> list[str] | None:
     if value is None:
         return None
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{name} must be a list of globs over parameter names, got {value!r}: give e.g. ['conv*']"
         )
     return list(value)
@@ -118,7 +119,7 @@ def as_indices(value: Any) -> list[int] | None:
     if not isinstance(value, (list, tuple)) or any(
         isinstance(i, bool) or not isinstance(i, int) for i in value
     ):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"optimizers must be a list of optimizer indices, got {value!r}: give e.g. [0], or None for all"
         )
     return list(value)

@@ -34,6 +34,7 @@ from clipquant.clip.fold import can_fold, fold_, unfold_, unfold_after_step
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule
+from clipquant.errors import ArgumentError, RunError
 
 
 class GradientClipCallback(Callback):
@@ -94,11 +95,11 @@ class GradientClipCallback(Callback):
         self.start_step = as_count("start_step", start_step, 0, "0 clips from the start") or 0
         self.stop_step = as_count("stop_step", stop_step, 0, "None clips to the end")
         if stop_step is not None and stop_step <= self.start_step:
-            raise ValueError(
+            raise ArgumentError(
                 f"stop_step must be greater than start_step={start_step}, got {stop_step!r}"
             )
         if log not in (True, False, "groups", "params"):
-            raise ValueError(f'log must be true, false, "groups" or "params", got {log!r}')
+            raise ArgumentError(f'log must be true, false, "groups" or "params", got {log!r}')
         self.log_mode: Log = log
         self.record: ClipRecord | None = None
         self._progress: dict[int, Progress] = {}
@@ -247,7 +248,7 @@ class GradientClipCallback(Callback):
         limit = self.max_consecutive_skips
         if limit is not None and len(progress.streak) > limit:
             history = "\n  ".join(map(str, progress.streak))
-            raise RuntimeError(
+            raise RunError(
                 f"{len(progress.streak)} steps in a row were skipped, max_consecutive_skips={limit} allows {limit}: "
                 "lower the learning rate, look for the cause with torch.autograd.set_detect_anomaly(True), "
                 f"or raise the limit.\n  {history}"

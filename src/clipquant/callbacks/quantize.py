@@ -60,7 +60,8 @@ class QuantizeOnFitEnd(Callback):
         bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
         levels: Number of steps of the grid, instead of `2**bits - 1`.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
-        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
+        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel. None: a
+            channel where that holds, else groups of 128, 64 or 32 weights, whichever pay for their scales.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range; "gptq",
             codes that keep the layers' outputs on train batches; "adaround", codes learned until the
             network's outputs are kept; "auto", the best of the quick ones for the width; or an object
@@ -102,7 +103,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         *,
         levels: int | None = None,
         symmetric: bool | None = None,
-        granularity: Literal["tensor", "channel"] | int = "channel",
+        granularity: Literal["tensor", "channel"] | int | None = None,
         method: str | Method = "auto",
         calibration_batches: int = 16,
         max_drop: float | None = None,

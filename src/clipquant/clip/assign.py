@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipquant.clip.rule import METHODS, Rule, State
 from clipquant.clip.rules import Value
+from clipquant.errors import ArgumentTypeError
 
 OVERRIDE = "clip"  # key of a parameter group that holds a rule of its own, a number for Value, or None for no clipping
 
@@ -137,7 +138,7 @@ def as_rule(rule: Any) -> Rule:
             else repr(rule)
         )
         lacks = f" (it lacks {', '.join(missing)})" if missing else ""
-        raise TypeError(
+        raise ArgumentTypeError(
             f"a rule must be a number or an object with the methods init, plan and clip, got {given}{lacks}: "
             "give e.g. 1.0, Norm(1.0) or AGC(0.01)"
         )

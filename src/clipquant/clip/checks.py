@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from clipquant.errors import ArgumentError
+
 
 def check_number(
     rule: str,
@@ -23,7 +25,7 @@ def check_number(
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and (value >= low if low is not None else value > above):
         return
-    raise ValueError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
+    raise ArgumentError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
 
 
 def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
@@ -33,7 +35,7 @@ def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
         ValueError: It is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")
+        raise ArgumentError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")
 
 
 def check_share(rule: str, name: str, value: float) -> None:
@@ -46,6 +48,6 @@ def check_share(rule: str, name: str, value: float) -> None:
         rule, name, value, low=0.0, hint="the share that stays from step to step, e.g. 0.97"
     )
     if value >= 1:
-        raise ValueError(
+        raise ArgumentError(
             f"{rule}: {name} must be below 1, got {value!r}: with 1 the statistics would never move"
         )

@@ -57,6 +57,11 @@ def quantize_weights(
         found = solved(recipe.solver, problem)
     _check(found, problem, recipe.solver.name)
     found = _with_zeros(found, problem)
+    if recipe.granularity is None:
+        for name, spec in specs.items():
+            if isinstance(spec.granularity, int):
+                said = f"a scale for every {spec.granularity} weights: one a channel would not hold"
+                found = found.noted([name], said)
     tensors = {
         target.name: QuantizedTensor(
             found.codes[target.name],

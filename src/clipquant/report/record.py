@@ -19,7 +19,7 @@ class Histogram:
         high: Largest weight.
         counts: Weights in each of equally wide bins from `low` to `high`, relative to the fullest
             bin, which is 63.
-        levels: Values of the grid of the row of median step among those of the commonest width.
+        levels: Values of the grid of the row of median scale among those of the commonest width.
         row: Which row that is.
     """
 
@@ -177,7 +177,7 @@ class QuantizationReport:
     @property
     def verdict(self) -> str:
         """Whether the budgets are met, or without any what was gained, in one line."""
-        size = f"{self.size_bytes:,} bytes, {self.ratio:.2f} times smaller"
+        size = f"{self.size_bytes:,} bytes, {ratio_said(self.ratio)}"
         if self.drop is not None:
             size += f"; {self.monitor} {_change(self.drop)}"
         if self.budget is None:
@@ -208,6 +208,15 @@ class QuantizationReport:
         """Return the record as JSON-able values, infinities and NaN as null."""
         computed = {"ratio": self.ratio, "drop": self.drop, "verdict": self.verdict}
         return {**jsonable(asdict(self)), **jsonable(computed)}
+
+
+def ratio_said(ratio: float) -> str:
+    """Return how a file compares with its float model.
+
+    >>> ratio_said(4.0), ratio_said(0.5)
+    ('4.00 times smaller', '2.00 times larger')
+    """
+    return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
 
 
 def drop_of(before: float, after: float, mode: str | None) -> float:

@@ -12,6 +12,7 @@ from clipquant.clip.checks import check_count, check_number
 from clipquant.clip.gradients import Gradients
 from clipquant.clip.rule import Rule, State
 from clipquant.clip.scale import Scale, shrinkage
+from clipquant.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class AutoClip(Rule):
     def __post_init__(self) -> None:
         check_number("AutoClip", "percentile", self.percentile, above=0.0, hint="e.g. 10")
         if self.percentile > 100:
-            raise ValueError(
+            raise ArgumentError(
                 f"AutoClip: percentile must be at most 100, got {self.percentile!r}: e.g. 10"
             )
         check_count("AutoClip", "window", self.window, low=1)

@@ -14,6 +14,7 @@ from clipquant.clip.gradients import Gradients
 from clipquant.clip.norms import norms_by_group
 from clipquant.clip.rule import Rule, State
 from clipquant.clip.scale import Scale, ScaleEach, norm_coefficient, scale_each
+from clipquant.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Norm(Rule):
             "Norm", "norm_type", order, low=1.0, hint='the order of the norm, e.g. 2 or "inf"'
         )
         if self.scope not in ("global", "group", "tensor"):
-            raise ValueError(
+            raise ArgumentError(
                 f'Norm: scope must be "global", "group" or "tensor", got {self.scope!r}'
             )
         check_count("Norm", "warmup_steps", self.warmup_steps, low=0)

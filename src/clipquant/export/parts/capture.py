@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from clipquant.export.example import Example, ExportError, reason
+from clipquant.export.parts.steps import steps_untraced
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,12 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+            steps_untraced(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

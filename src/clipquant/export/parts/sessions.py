@@ -89,9 +89,27 @@ def open_calls(path: str | Path, threads: int | None = None) -> Calls:
 
 
 def feeds(session: ort.InferenceSession, example: Example) -> dict[str, np.ndarray]:
-    """Return a call's tensors under the names of a session's inputs, in their order."""
-    arrays = [tensor.detach().cpu().numpy() for tensor in example.tensors]
-    return dict(zip([i.name for i in session.get_inputs()], arrays, strict=True))
+    """Return a call's tensors under the names of a session's inputs, in their order and the file's precision.
+
+    Raises:
+        ExportError: If the call has more or fewer tensors than the file has inputs.
+    """
+    given = session.get_inputs()
+    arrays = [_array(tensor) for tensor in example.tensors]
+    if len(arrays) != len(given):
+        raise ExportError(
+            f"the file takes {len(given)} inputs ({', '.join(i.name for i in given)}); the call gives {len(arrays)} "
+            "tensors. Call it with the tensors that it was exported with."
+        )
+    return {
+        i.name: a.astype(_KINDS.get(i.type, a.dtype)) if a.dtype.kind == "f" else a
+        for i, a in zip(given, arrays, strict=True)
+    }
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def runner(session: ort.InferenceSession, outputs: Any) -> Forward:

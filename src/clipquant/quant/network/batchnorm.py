@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.outputs import distances
 from clipquant.quant.network.twin import Twin
 
@@ -91,8 +92,12 @@ def _shifts(
     def visit(_number: int, batch: Any) -> None:
         watch.seen.clear()
         with torch.no_grad():
-            for twin, see in ((exact, watch.note), (rounded, watch.follow)):
-                with _watched(twin.model, names, see):
+            taken = Decisions()
+            for twin, see, way in (
+                (exact, watch.note, taken.recorded),
+                (rounded, watch.follow, taken.followed),
+            ):
+                with _watched(twin.model, names, see), way():
                     twin.run(calibration.forward, batch)
 
     calibration.each(visit)
