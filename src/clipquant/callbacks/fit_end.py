@@ -154,7 +154,7 @@ class FitEnd:
         settings, recipe, guest = self.settings, self.settings.recipe, road.guest
         data = None
         if found is not None and settings.wants_data(guest):
-            data = Calibration(found.batches, run_prepared, tell, loop=loop_on(road))
+            data = Calibration(found.batches, run_prepared, tell, loop=loop_on(found.on(road)))
         rungs: list[Rung] = []
         if settings.auto:
             rungs = [] if found is None else self._by_budgets(road, found, before, tell)
