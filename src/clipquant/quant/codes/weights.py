@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 
@@ -55,7 +56,7 @@ def rest_of(
     return {
         name: tensor.detach().clone().contiguous()
         for name, tensor in state.items()
-        if name not in taken and isinstance(tensor, Tensor)
+        if name not in taken and isinstance(tensor, Tensor) and not is_lazy(tensor)
     }
 
 
