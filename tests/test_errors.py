@@ -12,12 +12,16 @@ from clipquant.errors import ClipquantError
 
 
 def own_errors():
-    """Every error class that a module of the package defines."""
+    """Every error class, as distinct from signals of control flow, that a module of the package defines."""
     for found in pkgutil.walk_packages(clipquant.__path__, "clipquant."):
         module = importlib.import_module(found.name)
         for value in vars(module).values():
-            raised = inspect.isclass(value) and issubclass(value, Exception)
-            if raised and value.__module__.startswith("clipquant."):
+            raised = inspect.isclass(value) and value.__name__.endswith("Error")
+            if (
+                raised
+                and issubclass(value, Exception)
+                and value.__module__.startswith("clipquant.")
+            ):
                 yield value
 
 
@@ -33,7 +37,8 @@ def test_every_error_of_the_package_has_the_base():
         (errors.ArgumentTypeError, TypeError),
         (errors.RunError, RuntimeError),
         (errors.PlaceError, OSError),
-        (errors.MissingPackageError, ImportError),
+        (errors.MissingFileError, FileNotFoundError),
+        (errors.MissingPackageError, ModuleNotFoundError),
     ],
 )
 def test_callers_catch_the_built_in_error_too(error, built_in):

@@ -30,5 +30,9 @@ class PlaceError(ClipquantError, OSError):
     """A place on disk that cannot be read or written."""
 
 
-class MissingPackageError(ClipquantError, ImportError):
+class MissingFileError(PlaceError, FileNotFoundError):
+    """A file that is nowhere, with the places where it was looked for."""
+
+
+class MissingPackageError(ClipquantError, ModuleNotFoundError):
     """A package that is not installed here, with the command that brings it."""

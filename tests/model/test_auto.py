@@ -8,6 +8,7 @@ from clipquant import quantize
 from clipquant.budget import BudgetError
 from clipquant.errors import ArgumentError
 from clipquant.model.auto import AutoBits, check_auto, check_smallest
+from clipquant.quant.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -15,10 +16,9 @@ from clipquant.model.auto import AutoBits, check_auto, check_smallest
     [("method", "hqq"), ("levels", 8), ("symmetric", True), ("granularity", "tensor")],
 )
 def test_what_rows_of_their_own_cannot_obey_is_named(name, value):
-    given = {"method": "auto", "levels": None, "symmetric": None, "granularity": "channel"}
-    check_auto(0.1, None, **given)
+    check_auto(0.1, None, Recipe())
     with pytest.raises(ArgumentError, match=rf"got {name}={value!r}\. Leave {name} out"):
-        check_auto(0.1, None, **{**given, name: value})
+        check_auto(0.1, None, Recipe(**{name: value}))
 
 
 def test_the_smallest_file_is_known_without_data():

@@ -19,7 +19,7 @@ from clipquant.report.layers import (
     rows_by_width,
     sqnr_of,
     stored_bytes,
-    typical_levels,
+    typical_values,
 )
 
 
@@ -43,8 +43,8 @@ def test_rows_of_different_widths_are_counted_and_weighed() -> None:
     assert torch.allclose(dequantize(mixed())[0], torch.full((3,), 0.7))
 
 
-def test_typical_levels_are_of_a_row_of_the_commonest_width_above_zero() -> None:
-    levels, row = typical_levels(mixed())
+def test_typical_values_are_of_a_row_of_the_commonest_width_above_zero() -> None:
+    levels, row = typical_values(mixed())
     assert row == 1
     assert levels == pytest.approx((-0.1, 0.0, 0.1, 0.2))
 
@@ -55,7 +55,7 @@ def test_every_code_of_the_typical_row_stands_on_a_level(bits: int, granularity:
     weight = torch.randn(5, 11)
     spec = QuantSpec(bits, symmetric=False, granularity=granularity)  # type: ignore[arg-type]
     tensor = quantize_weight(weight, spec)
-    levels, row = typical_levels(tensor)
+    levels, row = typical_values(tensor)
     first_group = dequantize(tensor)[row, : tensor.group_size]
     assert len(levels) == 2**bits
     assert all(min(abs(v - level) for level in levels) < 1e-5 for v in first_group.tolist())

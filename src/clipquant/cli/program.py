@@ -99,17 +99,5 @@ class _Parser(argparse.ArgumentParser):
 def _find_told(error: BaseException | None) -> ClipquantError | None:
     """Return the error of a chain of causes that has words for the user; None: a fault of the program's."""
     while error is not None and not isinstance(error, ClipquantError):
-        error = _told_by_old_rooms(error) or error.__cause__
+        error = error.__cause__
     return error
-
-
-def _told_by_old_rooms(error: BaseException) -> ClipquantError | None:
-    """Return an error of a room that does not yet raise `ClipquantError` as one that is."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    home = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
-    old = home.startswith(
-        ("clipquant.quant", "clipquant.clip", "clipquant.callbacks", "clipquant.artifact")
-    )
-    return CommandError(error) if old and isinstance(error, ValueError) else None

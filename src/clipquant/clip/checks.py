@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
+
+from clipquant.errors import ArgumentError
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a real number, of Python or of numpy; a truth value is none.
+
+    Example:
+        >>> is_number(0.5), is_number(True), is_number("0.5")
+        (True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    """Return whether `value` is a whole number, of Python or of numpy; a truth value is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_number(
@@ -20,10 +38,9 @@ def check_number(
         ValueError: It is not; the message names the rule, the value and what to give instead.
     """
     bound = f">= {low:g}" if low is not None else f"> {above:g}"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and (value >= low if low is not None else value > above):
+    if is_number(value) and (value >= low if low is not None else value > above):
         return
-    raise ValueError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
+    raise ArgumentError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
 
 
 def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
@@ -32,8 +49,8 @@ def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
     Raises:
         ValueError: It is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")
+    if not is_count(value) or value < low:
+        raise ArgumentError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")
 
 
 def check_share(rule: str, name: str, value: float) -> None:
@@ -46,6 +63,6 @@ def check_share(rule: str, name: str, value: float) -> None:
         rule, name, value, low=0.0, hint="the share that stays from step to step, e.g. 0.97"
     )
     if value >= 1:
-        raise ValueError(
+        raise ArgumentError(
             f"{rule}: {name} must be below 1, got {value!r}: with 1 the statistics would never move"
         )

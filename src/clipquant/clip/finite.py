@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipquant.clip.gradients import Gradients
 from clipquant.clip.shards import local_values
+from clipquant.errors import ArgumentError
 
 OnNonfinite = Literal["skip", "zero", "raise", "propagate"]
 POLICIES: tuple[OnNonfinite, ...] = ("skip", "zero", "raise", "propagate")
@@ -24,7 +25,7 @@ def check_policy(on_nonfinite: str) -> OnNonfinite:
     for policy in POLICIES:
         if on_nonfinite == policy:
             return policy
-    raise ValueError(
+    raise ArgumentError(
         f"on_nonfinite must be one of {', '.join(map(repr, POLICIES))}, got {on_nonfinite!r}: "
         'choose "skip" to leave out a step with NaN or infinite gradients, or "propagate" to let them through'
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from clipquant.export.example import Example, ExportError, largest_difference, reason
@@ -25,6 +27,7 @@ from clipquant.export.parts.onnx_graph import (
     output_names,
     require_onnx,
     strip_debug_info,
+    tensors_only,
     to_ir,
 )
 from clipquant.export.parts.qdq import CALIBRATION, QdqFile, activation_ranges, quantize_qdq
@@ -37,6 +40,8 @@ from clipquant.quant.codes.weights import QuantizedWeights
 
 BATCHES = (1, 32)
 _ENOUGH = 0.01  # of the metric: a drop within which no other operators are tried, without max_drop
+_COLLAPSE = 0.5  # of the outputs' norm: beyond it, a file that no metric has judged well is no file
+_COMPARED = 4  # batches
 _ENOUGH_DISTANCE = 0.1  # of the outputs' size: the same without a metric
 
 
@@ -111,8 +116,11 @@ def export_onnx_int8(
             "onnx-int8 needs calibration data for the ranges of activations; got none."
         )
     plain = dequantized_copy(model, weights)
-    captured = capture(plain, example)
-    outputs = captured.example.run(plain)
+    wide = _in_float32(plain)
+    if wide:
+        example, calibration = _cast(example), [_cast(batch) for batch in calibration]
+    outputs = example.run(plain)
+    captured = capture(tensors_only(plain, outputs), example)
     with TemporaryDirectory() as folder:
         source = Path(folder) / "float.onnx"
         try:
@@ -129,6 +137,14 @@ def export_onnx_int8(
             enough = _ENOUGH if max_drop is None else max_drop
         chosen = _choose(source, weights, batches, outputs, judge_here, drop, enough)
         data = chosen.file.data
+        apart = _relative_error(plain, batches, runner(open_any(data), outputs))
+        fine = judge is not None and chosen.judgement.drop <= enough
+        if not fine and not apart <= _COLLAPSE:
+            raise ExportError(
+                f"int8 loses the outputs of {type(model).__name__}: they differ from the quantized model's by "
+                f"{apart:.0%} of their size on the calibration data. Export 'onnx', whose activations stay in "
+                "float, or give calibration data that are like those of use."
+            )
         timings = _timings(source.read_bytes(), data, captured)
     write_whole(path, data)
     session, check = open_any(data), captured.check
@@ -136,6 +152,7 @@ def export_onnx_int8(
     by = _by_distance(chosen.judgement) if judge is None else ()
     notes = (
         *captured.notes,
+        *wide,
         *_notes(chosen.file, weights, timings),
         *by,
         *chosen.failures.values(),
@@ -149,6 +166,41 @@ def export_onnx_int8(
         chosen.judgement.metrics,
         timings,
     )
+
+
+def _in_float32(model: nn.Module) -> tuple[str, ...]:
+    """Turn a model of another precision into float32, in place; return a note that says so."""
+    kinds = {
+        t.dtype for t in model.state_dict().values() if getattr(t, "is_floating_point", bool)()
+    }
+    if kinds <= {torch.float32}:
+        return ()
+    model.float()
+    names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32}))
+    return (f"the model's {names} became float32: so are the file's inputs and outputs",)
+
+
+def _cast(example: Example) -> Example:
+    return example.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+
+def _relative_error(plain: nn.Module, batches: Sequence[Example], forward: Forward) -> float:
+    """Return the norm of what differs from the model's outputs on some batches, over their norm."""
+    noise = signal = 0.0
+    for batch in batches[:_COMPARED]:
+        pairs = zip(
+            *(map(_floats, (batch.run(plain), forward(*batch.args, **batch.kwargs)))), strict=True
+        )
+        for expected, actual in pairs:
+            noise += float((expected - actual).square().sum())
+            signal += float(expected.square().sum())
+    return math.sqrt(noise / signal) if signal else 0.0
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    """Return what is finite of the floating tensors among outputs."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [t.double().nan_to_num(0.0, 0.0, 0.0) for t in leaves if t.is_floating_point()]
 
 
 def _float_model(captured: Capture, names: list[str]) -> bytes:
@@ -204,17 +256,23 @@ def _choose(
         for method in (method for method in CALIBRATION if method not in failures):
             try:
                 file = quantize_qdq(source, ranges(method), weights, weighted_only)
-            except Exception as error:  # a collector may choke on what an activation holds
+                session = open_any(file.data)
+            except (
+                Exception
+            ) as error:  # calibrator, quantizer and runtime raise errors of many kinds
                 failures[method] = f"{method} calibration failed: {reason(error)}"
                 continue
-            judgement = judge(runner(open_any(file.data), outputs))
+            judgement = judge(runner(session, outputs))
             candidates.append(_Candidate(file, judgement, failures))
             if max_drop is not None and judgement.drop <= max_drop:
                 return candidates[-1]
         if candidates and _best(candidates).judgement.drop <= enough:
             break
     if not candidates:
-        raise ExportError(f"no calibration gave ranges: {'; '.join(failures.values())}")
+        raise ExportError(
+            f"no calibration gave ranges: {'; '.join(dict.fromkeys(failures.values()))}. Export 'onnx', whose "
+            "activations stay in float."
+        )
     return _best(candidates)
 
 
@@ -251,7 +309,11 @@ def _notes(file: QdqFile, weights: QuantizedWeights, timings: Sequence[Timing]) 
     yield f"activation ranges by {file.method}"
     if file.weighted_only:
         yield "only operators that hold weights compute in int8: with all of them more was lost"
-    changed = [name for name in weights.tensors if name not in file.kept]
+    for kind, why in file.left.items():
+        yield f"{kind} stays in float: onnxruntime cannot quantize it here ({why})"
+    if file.floats:
+        yield f"weights that stay in float in this file: {', '.join(sorted(file.floats))}"
+    changed = [name for name in weights.tensors if name not in file.kept | file.floats]
     if changed:
         yield (
             "weights that are not 8 bits, symmetric, per channel in the artifact, and tables that are "

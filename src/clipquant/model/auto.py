@@ -80,7 +80,7 @@ def quantize_auto(
     """
     selection = goal.recipe.select(model)
     check_finite(selection.targets)
-    found = allocator(
+    rows = allocator(
         model,
         selection,
         seen.fisher,
@@ -89,7 +89,7 @@ def quantize_auto(
         fixed=_given_widths(selection.targets, goal.recipe),
     )
     base = replace(
-        make_report(found.weights(found.uniform(8)), model),
+        make_report(rows.weights(rows.uniform(8)), model),
         float_metrics=dict(before),
         monitor=goal.monitor,
         mode=goal.mode,
@@ -101,17 +101,17 @@ def quantize_auto(
         return serialized_size(weights, describe(base))
 
     asked = Goal(goal.max_drop, most, goal.monitor, goal.mode)
-    outcome = meet(asked, found, size_of, before, judge, spare)
-    report = make_report(outcome.weights, model, found.sensitivities(outcome.bits))
-    made = QuantizedModel(outcome.weights, report).reported(
+    allocation = meet(asked, rows, size_of, before, judge, spare)
+    report = make_report(allocation.weights, model, rows.sensitivities(allocation.bits))
+    made = QuantizedModel(allocation.weights, report).reported(
         float_metrics=dict(before),
-        quantized_metrics=dict(outcome.metrics),
+        quantized_metrics=dict(allocation.metrics),
         monitor=goal.monitor if before else None,
         mode=goal.mode if before else None,
-        budget=outcome.budget,
+        budget=allocation.budget,
     )
-    failure = outcome.budget.failure or missed_size(asked, made.report.size_bytes)
-    return made.reported(budget=replace(outcome.budget, failure=failure))
+    failure = allocation.budget.failure or missed_size(asked, made.report.size_bytes)
+    return made.reported(budget=replace(allocation.budget, failure=failure))
 
 
 def check_smallest(model: nn.Module, goal: AutoBits) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from clipquant.errors import ArgumentError, MissingFileError
 from clipquant.reference.images import (
     Batch,
     ByteImages,
@@ -67,7 +68,7 @@ class FashionMNIST(LightningDataModule):
         super().__init__()
         check_loader_settings(min(batch_size, eval_batch_size), num_workers)
         if not 0 <= val_size < 60_000:
-            raise ValueError(
+            raise ArgumentError(
                 f"val_size must be at least 0 and below the 60,000 training images, got {val_size}."
             )
         self.save_hyperparameters()
@@ -137,7 +138,7 @@ def find_fashion_mnist(root: str | None = None) -> Path:
             return folder
     if root is None and find_spec("torchvision") is not None:
         return _download_with_torchvision()
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"Fashion-MNIST needs the files {', '.join(FILES)}, each as it is or with .gz, and they are not all in "
         f"{' or '.join(map(str, given))}. Three ways: pass root=FOLDER with these files; "
         "apt-get install dataset-fashion-mnist; or pip install torchvision, which downloads them. "
@@ -159,18 +160,18 @@ def read_idx(path: Path) -> Tensor:
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(
+        raise ArgumentError(
             f"{path} is no idx file of unsigned bytes: it starts with {content[:4].hex() or 'nothing'}."
         )
     start = 4 + 4 * content[3]
     if len(content) < start:
-        raise ValueError(
+        raise ArgumentError(
             f"{path} is damaged: its header of {start} bytes ends after {len(content)}."
         )
     shape = struct.unpack_from(f">{content[3]}I", content, 4)
     follow = len(content) - start
     if follow != math.prod(shape):
-        raise ValueError(
+        raise ArgumentError(
             f"{path} is damaged: its header says shape {shape}, but {follow} bytes follow."
         )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
@@ -188,7 +189,7 @@ def _download_with_torchvision() -> Path:
     try:
         Download(str(root), download=True)
     except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"torchvision could not download Fashion-MNIST into {root} ({error}). Two other ways: pass root=FOLDER "
             f"with the files {', '.join(FILES)}; or apt-get install dataset-fashion-mnist."
         ) from error

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from clipquant.errors import ArgumentError
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -127,7 +129,7 @@ def split_stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Te
         ([3, 2], [3, 2])
     """
     if min(sizes) < 0 or sum(sizes) > len(labels):
-        raise ValueError(
+        raise ArgumentError(
             f"sizes must be at least 0 and sum to at most {len(labels)} items, got {list(sizes)}."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -145,6 +147,6 @@ def split_stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Te
 def check_loader_settings(batch_size: int, num_workers: int) -> None:
     """Raise ValueError where a batch would be empty or the number of workers is negative."""
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        raise ArgumentError(f"batch_size must be at least 1, got {batch_size}.")
     if num_workers < 0:
-        raise ValueError(f"num_workers must be 0 (no extra process) or more, got {num_workers}.")
+        raise ArgumentError(f"num_workers must be 0 (no extra process) or more, got {num_workers}.")

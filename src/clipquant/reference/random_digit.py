@@ -7,6 +7,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from clipquant.errors import ArgumentError
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -30,7 +32,7 @@ class RandomDigit(LightningDataModule):
     def __init__(self, steps: int = 100, target: int = 9, seed: int = 0) -> None:
         super().__init__()
         if steps < 1 or target < 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"steps must be at least 1 and target at least 0, got steps={steps}, target={target}."
             )
         self.save_hyperparameters()

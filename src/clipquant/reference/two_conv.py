@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
+from clipquant.errors import ArgumentError
+
 Schedule = Literal["constant", "cosine", "one_cycle"]
 Batch = tuple[Tensor, Tensor]
 
@@ -129,13 +131,15 @@ def _make_scheduler(
 
 def _check_settings(num_classes: int, optimizer: str, schedule: str) -> None:
     if num_classes < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"num_classes must be at least 2, got {num_classes}: pass the number of labels in the data."
         )
     found = getattr(torch.optim, optimizer, None)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise ValueError(
+        raise ArgumentError(
             f"optimizer must name a class in torch.optim, got {optimizer!r}: write it as 'AdamW', 'SGD' or 'Adagrad'."
         )
     if schedule not in ("constant", "cosine", "one_cycle"):
-        raise ValueError(f"schedule must be 'constant', 'cosine' or 'one_cycle', got {schedule!r}.")
+        raise ArgumentError(
+            f"schedule must be 'constant', 'cosine' or 'one_cycle', got {schedule!r}."
+        )

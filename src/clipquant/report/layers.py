@@ -100,7 +100,7 @@ def sqnr_of(weight: Tensor, tensor: QuantizedTensor) -> float:
     Returns:
         Infinity where nothing was lost; minus infinity where an empty signal was.
 
-    >>> from clipquant.quant.codes.ranges import quantize_weight
+    >>> from clipquant.quant.methods.rtn import quantize_weight
     >>> from clipquant.quant.codes.spec import QuantSpec
     >>> sqnr_of(torch.ones(2, 3), quantize_weight(torch.ones(2, 3), QuantSpec(8)))
     inf
@@ -146,32 +146,32 @@ def histogram(weight: Tensor, tensor: QuantizedTensor) -> Histogram:
     sample = values[::stride].float()
     counts = torch.histc(sample, BINS, low, high) if high > low else torch.ones(1)
     relative = (counts.double() * FULL / counts.max()).ceil().int().tolist()
-    return Histogram(low, high, tuple(relative), *typical_levels(tensor))
+    return Histogram(low, high, tuple(relative), *typical_values(tensor))
 
 
-def typical_levels(tensor: QuantizedTensor) -> tuple[tuple[float, ...], int]:
-    """Return the first group's levels of the row of median step, and that row.
+def typical_values(tensor: QuantizedTensor) -> tuple[tuple[float, ...], int]:
+    """Return the values of the first group's grid in the row of median scale, and that row.
 
     The rows compared are those of the commonest width above 0 (0 where there is no other).
     """
     row = _typical_row(tensor)
     bits = int(tensor.bits[row]) if isinstance(tensor.bits, Tensor) else tensor.bits
-    steps = tensor.levels if tensor.levels is not None else (1 << bits) - 1
+    levels = tensor.levels if tensor.levels is not None else (1 << bits) - 1
     grid = tensor.grid
     zero = None if grid.zero is None else _pick(grid.zero, row)
-    one = Grid(_pick(grid.scale, row), zero, steps, steps + 1)
-    codes = torch.arange(steps + 1, dtype=torch.uint8)[None]
+    one = Grid(_pick(grid.scale, row), zero, levels, levels + 1)
+    codes = torch.arange(levels + 1, dtype=torch.uint8)[None]
     return tuple(dequantize_rows(codes, one)[0].tolist()), row
 
 
 def _typical_row(tensor: QuantizedTensor) -> int:
-    steps = tensor.scale[:, 0].abs().double().expand(tensor.layout.rows)
+    scales = tensor.scale[:, 0].abs().double().expand(tensor.layout.rows)
     index = torch.arange(tensor.layout.rows)
     if isinstance(tensor.bits, Tensor):
         counts = torch.bincount(tensor.bits.long(), minlength=1)
         width = int(counts[1:].argmax()) + 1 if counts[1:].any() else 0
         index = (tensor.bits == width).nonzero().squeeze(1)
-    return int(index[steps[index].median(dim=0).indices])
+    return int(index[scales[index].median(dim=0).indices])
 
 
 def _pick(part: Tensor, row: int) -> Tensor:

@@ -19,7 +19,7 @@ class Histogram:
         high: Largest weight.
         counts: Weights in each of equally wide bins from `low` to `high`, relative to the fullest
             bin, which is 63.
-        levels: Values of the grid of the row of median step among those of the commonest width.
+        levels: Values of the grid of the row of median scale among those of the commonest width.
         row: Which row that is.
     """
 

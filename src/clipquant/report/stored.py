@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights
-from clipquant.report.layers import bits_per_weight, layer_record, typical_levels
+from clipquant.report.layers import bits_per_weight, layer_record, typical_values
 from clipquant.report.record import Budget, Histogram, LayerRecord, QuantizationReport, Trial
 from clipquant.stored import (
     StoredBars,
@@ -109,7 +109,7 @@ def _read_layer(name: str, tensor: QuantizedTensor, held: StoredLayer | None) ->
     shown = None
     if held.bars is not None:
         bars = held.bars
-        shown = Histogram(bars.low, bars.high, bars.counts, *typical_levels(tensor))
+        shown = Histogram(bars.low, bars.high, bars.counts, *typical_values(tensor))
     sqnr = math.inf if held.sqnr_db is None else held.sqnr_db
     return replace(layer_record(name, tensor, sqnr, held.sensitivity, shown), note=held.note)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipquant.export.parts.qdq import keeps_codes
+from clipquant.export.parts.onnx_weights import keeps_codes
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.methods.rtn import quantize_weight

@@ -262,3 +262,11 @@ def _onnx_dtype(dtype: torch.dtype) -> int:
         torch.float64: ir.DataType.DOUBLE,
     }
     return names[dtype].value
+
+
+def keeps_codes(tensor: QuantizedTensor) -> bool:
+    """Return whether an int8 file can hold exactly the artifact's codes of a weight."""
+    if isinstance(tensor.bits, Tensor) or tensor.bits != 8:
+        return False
+    narrow = tensor.symmetric and tensor.levels == 254
+    return narrow and tensor.scale.shape[1] == 1 and tensor.layout.groups == 1

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from clipquant.export.example import Example
+from clipquant.export.example import Example, reason
 from clipquant.export.parts.capture import quiet
+from clipquant.export.parts.onnx_weights import keeps_codes
+from clipquant.export.parts.recurrent import hold_recurrent
 from clipquant.export.parts.sessions import feeds, open_any
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import onnx
 
 CALIBRATION = ("MinMax", "Percentile", "Entropy")
+_LARGEST = 1e30  # of an activation that has a range: beyond it stand masks
+_ROUNDING = 1e-5  # of a channel's largest: what folding a factor into a weight adds, and no more
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,16 @@ class QdqFile:
         weighted_only: Whether operators without weights compute in float.
         data: Its bytes.
         kept: Weights whose codes and scales are the artifact's.
+        left: Kinds of operators left in float because onnxruntime cannot quantize them -> its reason.
+        floats: Weights that stand in it in float.
     """
 
     method: str
     weighted_only: bool
     data: bytes
     kept: frozenset[str]
+    left: Mapping[str, str] = field(default_factory=dict)
+    floats: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,13 @@ class ActivationRanges:
         method: How they were calibrated, of `CALIBRATION`.
         ranges: What onnxruntime's calibrator gave, by the names of activations.
         fed: One batch, by the names of inputs.
+        endless: Activations that hold an infinity or no number, as a mask of -inf does.
     """
 
     method: str
-    ranges: Any
+    ranges: Mapping[str, tuple[float, float]]
     fed: Mapping[str, np.ndarray]
+    endless: frozenset[str] = frozenset()
 
 
 def activation_ranges(source: Path, method: str, batches: Sequence[Example]) -> ActivationRanges:
@@ -62,20 +71,39 @@ def activation_ranges(source: Path, method: str, batches: Sequence[Example]) -> 
         method: Of `CALIBRATION`.
         batches: Calls whose activations set the ranges.
     """
-    from onnxruntime.quantization import CalibrationMethod
-    from onnxruntime.quantization.calibrate import create_calibrator
-
     session = open_any(source)
     given = [feeds(session, batch) for batch in batches]
     with quiet():
-        calibrator = create_calibrator(
-            source,
-            augmented_model_path=str(source.with_name(f"{method}.augmented")),
-            calibrate_method=CalibrationMethod[method],
-        )
-        for fed in given:  # the collectors stack the batches of one call, which may differ in size
-            calibrator.collect_data(_reader([fed]))
-        return ActivationRanges(method, calibrator.compute_data(), given[0])
+        seen = _ranges(source, "MinMax", given, frozenset())
+        endless = frozenset(name for name, ends in seen.items() if not _bounded(ends))
+        if method != "MinMax":
+            seen = _ranges(source, method, given, endless)
+    bounded = {name: ends for name, ends in seen.items() if name not in endless}
+    return ActivationRanges(method, bounded, given[0], endless)
+
+
+def _ranges(
+    source: Path, method: str, given: Sequence[Mapping[str, np.ndarray]], leave: frozenset[str]
+) -> dict[str, tuple[float, float]]:
+    """Return the range of each activation but those that are to be left."""
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import create_calibrator
+
+    calibrator = create_calibrator(
+        source,
+        augmented_model_path=str(source.with_name(f"{method}.augmented")),
+        calibrate_method=CalibrationMethod[method],
+    )
+    if leave:
+        calibrator.tensors_to_calibrate = set(calibrator.tensors_to_calibrate) - leave
+    for fed in given:  # the collectors stack the batches of one call, which may differ in size
+        calibrator.collect_data(_reader([fed]))
+    ranges = {name: tensor.range_value for name, tensor in calibrator.compute_data().items()}
+    return {name: (float(np.min(low)), float(np.max(high))) for name, (low, high) in ranges.items()}
+
+
+def _bounded(ends: tuple[float, float]) -> bool:
+    return all(abs(end) < _LARGEST for end in ends)  # False for NaN too
 
 
 def quantize_qdq(
@@ -86,6 +114,9 @@ def quantize_qdq(
 ) -> QdqFile:
     """Return a float ONNX file in QDQ form.
 
+    Operators that touch an infinity stay in float; so does a kind of operator that onnxruntime cannot
+    quantize, where that lets it quantize the others.
+
     Args:
         source: The float file; others are written beside it.
         activations: The ranges of its activations.
@@ -93,27 +124,86 @@ def quantize_qdq(
         weighted_only: Leave operators without weights in float.
     """
     import onnx
+
+    graph = onnx.load(source).graph
+    scales, kept = _weights(graph, weights)
+    fixed = _fixed_ranges(activations.ranges) | scales
+    nodes = list(_weighted(graph)) if weighted_only else None
+    endless = set(_endless_nodes(graph, activations.endless))
+    method = activations.method
+    try:
+        data = _quantize_static(source, activations.fed, fixed, nodes, endless)
+    except Exception as error:  # onnxruntime fails on some operators in many ways
+        first = error
+    else:
+        return _finished(method, weighted_only, data, weights, kept)
+    for kind in dict.fromkeys(node.op_type for node in graph.node):
+        own = {node.name for node in graph.node if node.op_type == kind}
+        try:
+            data = _quantize_static(source, activations.fed, fixed, nodes, endless | own)
+        except Exception:
+            continue
+        return _finished(method, weighted_only, data, weights, kept, {kind: reason(first)})
+    raise first
+
+
+def _finished(
+    method: str,
+    weighted_only: bool,
+    data: bytes,
+    weights: QuantizedWeights,
+    kept: frozenset[str],
+    left: Mapping[str, str] | None = None,
+) -> QdqFile:
+    """Return a file with the weights of its recurrent layers as int8, and what became of each weight."""
+    import onnx
+    from onnx import numpy_helper
+
+    data, recurrent = hold_recurrent(data, weights)
+    graph = onnx.load_from_string(data).graph
+    arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    floats = {name: array for name, array in arrays.items() if array.dtype == np.float32}
+    in_float = {key for key, t in weights.tensors.items() if next(_places(t, floats), None)}
+    kept = (kept | recurrent) - in_float
+    return QdqFile(method, weighted_only, data, kept, left or {}, frozenset(in_float))
+
+
+def _quantize_static(
+    source: Path,
+    fed: Mapping[str, np.ndarray],
+    fixed: Mapping[str, list[dict[str, Any]]],
+    nodes: list[str] | None,
+    leave: set[str],
+) -> bytes:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     target = source.with_name("int8.onnx")
-    graph = onnx.load(source).graph
-    scales, kept = _weights(graph, weights)
     with quiet():
         quantize_static(
             source,
             target,
-            _reader([activations.fed]),  # names what is calibrated; the ranges are given
+            _reader([fed]),  # names what is calibrated; the ranges are given
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_quantize=list(_weighted(graph)) if weighted_only else None,
-            extra_options={
-                "WeightSymmetric": True,
-                "TensorQuantOverrides": _activations(activations.ranges) | scales,
-            },
+            nodes_to_quantize=nodes,
+            nodes_to_exclude=sorted(leave),
+            extra_options={"WeightSymmetric": True, "TensorQuantOverrides": dict(fixed)},
         )
-    return QdqFile(activations.method, weighted_only, target.read_bytes(), kept)
+    return target.read_bytes()
+
+
+def _endless_nodes(graph: onnx.GraphProto, endless: frozenset[str]) -> Iterator[str]:
+    """Yield the names of the nodes that read or write an activation or a constant that is not finite."""
+    from onnx import numpy_helper
+
+    arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    floats = {name: array for name, array in arrays.items() if array.dtype == np.float32}
+    bad = endless | {name for name, a in floats.items() if not np.all(np.abs(a) < _LARGEST)}
+    for node in graph.node:
+        if bad.intersection(node.input) or bad.intersection(node.output):
+            yield node.name
 
 
 def _weighted(graph: onnx.GraphProto) -> Iterator[str]:
@@ -142,11 +232,12 @@ def _reader(given: Sequence[Mapping[str, np.ndarray]]) -> Any:
     return Batches()
 
 
-def _activations(ranges: Any) -> dict[str, list[dict[str, Any]]]:
+def _fixed_ranges(
+    ranges: Mapping[str, tuple[float, float]],
+) -> dict[str, list[dict[str, Any]]]:
     """Return each activation's range, twice as wide upwards, so that its codes end at 127."""
     overrides = {}
-    for name, tensor in ranges.items():
-        low, high = (float(np.min(end)) for end in tensor.range_value)
+    for name, (low, high) in ranges.items():
         low, high = min(low, 0.0), max(high, 0.0)
         bounds = {"rmin": np.float32(low), "rmax": np.float32(low + (high - low) * 255 / 127)}
         overrides[name] = [bounds]
@@ -171,9 +262,9 @@ def _weights(
     for key, tensor in weights.tensors.items():
         if not keeps_codes(tensor):
             continue
-        places = list(_places(key, tensor, arrays))
-        fit = [place for place in places if place[0] not in tables]
-        overrides |= {name: _scales(tensor, axis) for name, axis in fit}
+        places = list(_places(tensor, {name: arrays[name] for name in floats}))
+        fit = [place for place in places if place.name not in tables]
+        overrides |= {place.name: _scales(tensor, place) for place in fit}
         if places and len(fit) == len(places):
             kept.add(key)
     return overrides, frozenset(kept)
@@ -192,34 +283,61 @@ def _table(array: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _scales(tensor: QuantizedTensor, axis: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Place:
+    """An initializer that is a weight, or its transpose, each channel times a factor.
+
+    Args:
+        name: Its name.
+        axis: Its axis of channels.
+        factors: One a channel: 1, or what a BatchNorm behind it was folded to.
+    """
+
+    name: str
+    axis: int
+    factors: np.ndarray
+
+
+def _scales(tensor: QuantizedTensor, place: _Place) -> list[dict[str, Any]]:
     from onnxruntime.quantization import QuantType
 
     scales = tensor.scale.float().numpy().reshape(-1)
+    if not np.all(place.factors == 1):
+        scales = (
+            np.abs(place.factors).astype(np.float32) * scales
+        )  # a factor below 0 turns codes round
     common: dict[str, Any] = {
         "quant_type": QuantType.QInt8,
         "zero_point": np.array(0, dtype=np.int8),
     }
     if len(scales) > 1:
-        common["axis"] = axis
+        common["axis"] = place.axis
     return [{"scale": np.array(scale), **common} for scale in scales]
 
 
-def _places(
-    key: str, tensor: QuantizedTensor, arrays: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, int]]:
-    """Yield each initializer that is a weight or its transpose, under any name, and its channel axis."""
+def _places(tensor: QuantizedTensor, arrays: Mapping[str, np.ndarray]) -> Iterator[_Place]:
+    """Yield each initializer that holds a weight, under whatever name."""
     axis, weight = tensor.layout.axis, dequantize(tensor).float().numpy()
     for name, array in arrays.items():
-        if name == key or np.array_equal(array, weight):
-            yield name, axis
-        elif weight.ndim == 2 and np.array_equal(array, weight.T):
-            yield name, 1 - axis
+        if array.shape == weight.shape and (factors := _factors(array, weight, axis)) is not None:
+            yield _Place(name, axis, factors)
+        elif (
+            weight.ndim == 2
+            and array.shape == weight.T.shape
+            and (factors := _factors(array.T, weight, axis)) is not None
+        ):
+            yield _Place(name, 1 - axis, factors)
 
 
-def keeps_codes(tensor: QuantizedTensor) -> bool:
-    """Return whether an int8 file can hold exactly the artifact's codes of a weight."""
-    if isinstance(tensor.bits, Tensor) or tensor.bits != 8:
-        return False
-    narrow = tensor.symmetric and tensor.levels == 254
-    return narrow and tensor.scale.shape[1] == 1 and tensor.layout.groups == 1
+def _factors(array: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray | None:
+    """Return what each channel of `weight` is multiplied by to give `array`; None: it is another weight."""
+    if np.array_equal(array, weight):
+        return np.ones(weight.shape[axis])
+    one, other = (
+        np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1).astype(float) for a in (array, weight)
+    )
+    squares = np.square(other).sum(1)
+    factors = np.divide((one * other).sum(1), squares, out=np.ones(len(other)), where=squares > 0)
+    exact = np.abs(one - factors[:, None] * other).max(initial=0.0, axis=1)
+    within = exact <= _ROUNDING * np.abs(one).max(initial=0.0, axis=1)
+    return factors if bool(within.all() and factors.all()) else None

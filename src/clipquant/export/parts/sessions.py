@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
+_LENGTH = 32  # of a size beside the batch that a file leaves open
 _KINDS: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -60,14 +61,11 @@ def _graph(file: bytes | str | Path) -> onnx.GraphProto:
 
 
 def open_calls(path: str | Path, threads: int | None = None) -> Calls:
-    """Return what runs a file on zeros of a batch size.
+    """Return what runs a file on zeros of a batch size, and of 32 along whatever else it leaves open.
 
     Args:
         path: Name of the file.
         threads: Threads of one operator.
-
-    Raises:
-        ExportError: When asked for a call of a file that leaves another size than the batch open.
     """
     session = open_any(path, threads)
 
@@ -75,12 +73,9 @@ def open_calls(path: str | Path, threads: int | None = None) -> Calls:
         fed = {}
         for given in session.get_inputs():
             first, *rest = given.shape or [None]
-            if any(not isinstance(size, int) for size in rest):
-                raise ExportError(
-                    f"{path} leaves more than the batch open: {given.name} {given.shape}."
-                )
             if isinstance(first, int) and first != batch:
                 return None
+            rest = [size if isinstance(size, int) else _LENGTH for size in rest]
             shape = [batch, *rest] if given.shape else []
             fed[given.name] = np.zeros(shape, _KINDS[given.type])
         return partial(session.run, None, fed)
@@ -89,9 +84,27 @@ def open_calls(path: str | Path, threads: int | None = None) -> Calls:
 
 
 def feeds(session: ort.InferenceSession, example: Example) -> dict[str, np.ndarray]:
-    """Return a call's tensors under the names of a session's inputs, in their order."""
-    arrays = [tensor.detach().cpu().numpy() for tensor in example.tensors]
-    return dict(zip([i.name for i in session.get_inputs()], arrays, strict=True))
+    """Return a call's tensors under the names of a session's inputs, in their order and the file's precision.
+
+    Raises:
+        ExportError: If the call has more or fewer tensors than the file has inputs.
+    """
+    given = session.get_inputs()
+    arrays = [_array(tensor) for tensor in example.tensors]
+    if len(arrays) != len(given):
+        raise ExportError(
+            f"the file takes {len(given)} inputs ({', '.join(i.name for i in given)}); the call gives {len(arrays)} "
+            "tensors. Call it with the tensors that it was exported with."
+        )
+    return {
+        i.name: a.astype(_KINDS.get(i.type, a.dtype)) if a.dtype.kind == "f" else a
+        for i, a in zip(given, arrays, strict=True)
+    }
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def runner(session: ort.InferenceSession, outputs: Any) -> Forward:

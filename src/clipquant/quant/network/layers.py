@@ -9,11 +9,12 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.weights import LeftInFloat
+from clipquant.quant.codes.weights import LeftInFloat, check_storable
 
 _Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.EmbeddingBag)
@@ -85,9 +86,15 @@ def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Se
     ['0.weight']
     """
     state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    check_storable(state)
     check_globs(state, include=include, exclude=exclude)
     aliases = tied_keys(state)
     candidates = {target.name: target for target in weights_of(model)}
+    if include is not None or not candidates:
+        own = {
+            t.name: t for t in unknown_weights(model) if include is None or matches(t.name, include)
+        }
+        candidates = own | candidates
     targets, left = [], []
     for name, tensor in state.items():
         if name in aliases:
@@ -111,9 +118,27 @@ def weights_of(model: nn.Module) -> Iterator[Target]:
             yield Target(prefix + attribute, module, attribute, layout)
 
 
+def unknown_weights(model: nn.Module) -> Iterator[Target]:
+    """Yield the parameters of two axes or more that no known layer holds, rows along the first.
+
+    A layer of another library, or of the user's own, may be a Linear by another name; naming its
+    weight in `include` says that it is one.
+    """
+    known = {target.name for target in weights_of(model)}
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter is None or name in known or is_lazy(parameter):
+                continue
+            if parameter.dim() >= 2 and not name.endswith(("_orig", "_g", "_v")):
+                yield Target(name, module, attribute, Layout(tuple(parameter.shape)))
+
+
 def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
-    own = module._parameters
-    if isinstance(module, _Transposed) and own.get("weight") is not None:
+    own = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
+    if _is_conv1d_of_transformers(module) and own.get("weight") is not None:
+        yield "weight", Layout(tuple(module.weight.shape), 1)  # type: ignore[arg-type]
+    elif isinstance(module, _Transposed) and own.get("weight") is not None:
         yield "weight", Layout(tuple(module.weight.shape), 1, module.groups)
     elif isinstance(module, _Weighted) and own.get("weight") is not None:
         yield "weight", Layout(tuple(module.weight.shape))
@@ -123,6 +148,14 @@ def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
     elif isinstance(module, _Recurrent):
         names = [name for name in own if name.startswith(("weight_ih", "weight_hh", "weight_hr"))]
         yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """Return whether a layer is GPT-2's: a Linear whose weight is (in, out), known without its package."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+        for kind in type(module).__mro__
+    )
 
 
 def tied_keys(state: dict[str, Tensor]) -> dict[str, str]:
@@ -205,7 +238,8 @@ def _why_unknown(name: str, tensor: Tensor, model: nn.Module) -> str:
             return "rebuilt before each forward (weight or spectral norm): remove the norm first"
     if tensor.dim() < 2:
         return "bias, normalization or other vector"
-    return f"{type(model.get_submodule(path)).__name__} is not a layer that is quantized"
+    kind = type(model.get_submodule(path)).__name__
+    return f"{kind} is not a layer that is quantized unless its weight is named in include"
 
 
 def _nothing(left: list[LeftInFloat], include: Globs, exclude: Globs) -> str:
@@ -232,6 +266,11 @@ def is_lookup(model: nn.Module, target: Target) -> bool:
     """Return whether a weight is looked up, and so multiplies with nothing."""
     module = model.get_submodule(target.name.rpartition(".")[0])
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+
+
+def lookups_of(model: nn.Module, targets: Iterable[Target]) -> frozenset[str]:
+    """Return the names of the weights that are looked up."""
+    return frozenset(target.name for target in targets if is_lookup(model, target))
 
 
 def check_finite(targets: Iterable[Target]) -> None:

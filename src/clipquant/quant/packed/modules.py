@@ -45,8 +45,12 @@ def pack_modules_(
     for key in names:
         path, _, attribute = key.rpartition(".")
         owners.setdefault(path, []).append(attribute)
+    done: set[nn.Module] = set()
     for path, attributes in owners.items():
         module = model.get_submodule(path)
+        if module in done:  # one layer under two names
+            continue
+        done.add(module)
         prefix = f"{path}." if path else ""
         for attribute in attributes:
             device = module._parameters.pop(attribute).device  # type: ignore[union-attr]

@@ -12,9 +12,10 @@ from clipquant.quant.codes.grid import Coded, Grid, row_levels
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights, rest_of
+from clipquant.quant.codes.zeros import is_pruned, kept_zeros
 from clipquant.quant.network.batchnorm import reestimate
 from clipquant.quant.network.calibration import Calibration
-from clipquant.quant.network.layers import Selection, Target, bias_of, is_lookup
+from clipquant.quant.network.layers import Selection, Target, bias_of, is_lookup, lookups_of
 from clipquant.quant.network.moments import HESSIAN_LIMIT, Moments, observe
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.widths.frontier import WIDTHS, Choices, Frontier, frontier
@@ -53,8 +54,11 @@ class Allocator:
         tensors = {}
         for target in self.selection.targets:
             table, own = self.tables[target.name], bits[target.name]
+            coded = table.take(own)
+            if is_pruned(target.weight):
+                coded = kept_zeros(coded, target.layout.fold(target.weight.detach()).float().cpu())
             tensors[target.name] = QuantizedTensor(
-                table.take(own), own, target.layout, target.weight.dtype, table.method
+                coded, own, target.layout, target.weight.dtype, table.method
             )
         floats = rest_of(self.model, tensors, self.selection.aliases)
         for name, bias in self.biases.items():
@@ -62,7 +66,8 @@ class Allocator:
             if shift is not None:
                 floats[bias] = (floats[bias] + shift).to(floats[bias].dtype)
         left, aliases = self.selection.left, self.selection.aliases
-        return QuantizedWeights(tensors, floats, aliases, left, self.notes)
+        lookups = lookups_of(self.model, self.selection.targets)
+        return QuantizedWeights(tensors, floats, aliases, left, self.notes, lookups)
 
     def settled(self, weights: QuantizedWeights) -> QuantizedWeights:
         """Return the same weights, with BatchNorm statistics that follow them where that is better."""
@@ -147,6 +152,9 @@ def allocator(
             losses = tables[name].errors * (output_curvature(own, moments) / 2).unsqueeze(1)
             if bias is not None:
                 biases[name] = bias
+        if is_pruned(matrix):
+            said = f"pruned: {int((matrix == 0).sum()):,} zeros kept by grids with exact zeros"
+            notes[name] = f"{notes[name]}; {said}" if name in notes else said
         choices[name] = Choices(target.layout.columns, losses, widths)
     if calibration is not None:
         steps = len(selection.targets)
@@ -181,7 +189,8 @@ def smallest_weights(
         coded = Coded(codes, Grid(scale, torch.full_like(scale, -1.0), row_levels(bits), size))
         tensors[target.name] = QuantizedTensor(coded, bits, layout, target.weight.dtype, "gptq")
     floats = rest_of(model, tensors, selection.aliases)
-    return QuantizedWeights(tensors, floats, selection.aliases, selection.left)
+    lookups = lookups_of(model, selection.targets)
+    return QuantizedWeights(tensors, floats, selection.aliases, selection.left, lookups=lookups)
 
 
 def output_curvature(fisher: Tensor, moments: Moments) -> Tensor:
