@@ -7,6 +7,8 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from torch import nn
 
+from clipquant import quantize
+from clipquant.artifact import read_artifact
 from clipquant.export import ExportError
 from clipquant.export.compressed_tensors import to_pack_quantized
 from clipquant.quant.codes.tensor import dequantize
@@ -65,3 +67,19 @@ def test_convolutions_and_fractional_zeros_stay_dense_and_are_named(tmp_path):
     assert state["conv.weight"].dtype == torch.float32
     with pytest.raises(ExportError, match=r"one\.weight: its zeros are fractional.*symmetric=True"):
         to_pack_quantized(quantize_weights(Mixed(), Recipe(4)), tmp_path)
+
+
+def test_tables_that_are_looked_up_stay_dense_also_where_a_decoder_shares_them(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.linear = nn.Embedding(16, 32), nn.Linear(32, 32)
+            self.decoder = nn.Linear(32, 16, bias=False)
+            self.decoder.weight = self.table.weight
+
+    path = quantize(Tied(), 8, progress=False).save(tmp_path / "a.safetensors")
+    written = to_pack_quantized(read_artifact(path).weights, tmp_path)
+    assert written.packed == ("linear",)
+    assert written.dense == {"table.weight": "looked up, not multiplied"}
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert torch.equal(state["decoder.weight"], state["table.weight"])

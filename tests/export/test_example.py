@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from clipquant.export import Example, ExportError, as_example, find_example
-from clipquant.export.example import largest_difference
+from clipquant.export.example import largest_difference, reason
 
 X = torch.randn(4, 3)
 
@@ -80,3 +80,16 @@ def test_a_call_that_was_seen_comes_first_without_its_targets():
     found = find_example(Loss(), [labels, x], call=Example((x,), {"labels": labels}))
     assert found.args[0] is x
     assert found.kwargs == {}
+
+
+def test_a_reason_is_one_line_without_codes_and_names_a_cause_that_was_cut_off():
+    long = ValueError("\x1b[31mheader\x1b[0m\n" + "x " * 400)
+    long.__cause__ = TypeError("the\ncause itself")
+    said = reason(long)
+    assert "\x1b" not in said
+    assert "\n" not in said
+    assert said.startswith("ValueError: header x")
+    assert said.endswith("caused by TypeError: the cause itself")
+    short = ValueError("all: the cause itself")
+    short.__cause__ = TypeError("the cause itself")
+    assert reason(short) == "ValueError: all: the cause itself"

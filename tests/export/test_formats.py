@@ -115,8 +115,9 @@ def test_a_yaml_file_names_it_or_builds_it(given, tmp_path, monkeypatch, registe
     monkeypatch.syspath_prepend(str(tmp_path))
     config = tmp_path / "config.yaml"
     config.write_text(
-        "trainer:\n  max_steps: 1\n  accelerator: cpu\n  logger: false\n  enable_checkpointing: false\n"
-        "  enable_progress_bar: false\n  callbacks:\n    - class_path: QuantizeOnFitEnd\n      init_args:\n"
+        f"trainer:\n  default_root_dir: {tmp_path}\n  max_steps: 1\n  accelerator: cpu\n  logger: false\n"
+        "  enable_checkpointing: false\n  enable_progress_bar: false\n  callbacks:\n"
+        "    - class_path: QuantizeOnFitEnd\n      init_args:\n"
         f"        dirpath: {tmp_path}/q\n        export: [{given}]\n"
         "model:\n  class_path: toy_format_net.Net\n"
     )

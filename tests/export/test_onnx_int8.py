@@ -331,3 +331,144 @@ def test_every_call_is_timed_as_often():
 
     interleaved_medians({name: lambda name=name: call(name) for name in counts}, repeats=7)
     assert counts["a"] == counts["b"] >= 7
+
+
+class Folded(nn.Module):
+    """A convolution, plain or transposed, before a BatchNorm of very unequal scales, some of them negative."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.norm, self.last = conv, nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.norm.weight.data = torch.exp(torch.randn(8)) * torch.tensor([1, -1] * 4)
+        self.norm.running_var.data = torch.exp(2 * torch.randn(8)) * 0.05
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("kind", ["plain", "depthwise", "transposed"])
+def test_scales_follow_a_batchnorm_that_is_folded_into_a_weight(kind, tmp_path):
+    torch.manual_seed(0)
+    conv = {
+        "plain": nn.Conv2d(8, 8, 3),
+        "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+        "transposed": nn.ConvTranspose2d(8, 8, 3),
+    }[kind]
+    model = Folded(conv).eval()
+    calls = [Example((torch.randn(8, 8, 9, 9),))]
+    record = export_onnx_int8(
+        model, quantize_weights(model, Recipe(8)), calls[0], tmp_path / "a.onnx", calibration=calls
+    )
+    assert record.difference < 0.1 * float(calls[0].run(model).abs().max())
+    assert not any("rounded to int8 again" in note for note in record.notes)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(30, 32)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+    def forward(self, ids):
+        return self.layer(self.table(ids), src_key_padding_mask=ids == 0).mean(1)
+
+
+def test_masks_of_minus_infinity_stay_in_float_and_weighted_operators_do_not(tmp_path):
+    torch.manual_seed(0)
+    ids = torch.randint(1, 30, (8, 6))
+    ids[:, 4:] = 0
+    model, call = Masked().eval(), Example((ids,))
+    record = export_onnx_int8(
+        model, quantize_weights(model, Recipe(8)), call, tmp_path / "a.onnx", calibration=[call]
+    )
+    codes = [a for a in stored(tmp_path / "a.onnx").values() if a.dtype == np.int8 and a.ndim == 2]
+    assert len(codes) >= 4
+    assert not any("failed" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_becomes_float32_and_that_is_said(dtype, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 8)).to(dtype)
+    call = Example((torch.randn(4, 64).to(dtype),))
+    seen = []
+
+    def judge(forward):
+        seen.append(forward(*call.args))
+        return Judgement(0.0, {})
+
+    weights = quantize_weights(model, Recipe(8))
+    record = export_onnx_int8(
+        model, weights, call, tmp_path / "a.onnx", calibration=[call], judge=judge, max_drop=0.0
+    )
+    name = str(dtype).removeprefix("torch.")
+    assert (
+        f"the model's {name} became float32: so are the file's inputs and outputs" in record.notes
+    )
+    assert seen[0].dtype == torch.float32
+    assert model[0].weight.dtype == dtype
+
+
+def test_a_kind_of_operator_that_cannot_be_quantized_stays_in_float_and_is_named(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 3, groups=2)).eval()
+    call = Example((torch.randn(4, 3, 8, 8),))
+    record = export_onnx_int8(
+        model, quantize_weights(model, Recipe(8)), call, tmp_path / "a.onnx", calibration=[call]
+    )
+    said = " ".join(record.notes)
+    assert "ConvTranspose stays in float: onnxruntime cannot quantize it here" in said
+    assert "weights that stay in float in this file: 1.weight" in said
+    assert stored(tmp_path / "a.onnx")["0.weight_quantized"].dtype == np.int8
+
+
+def test_a_collapse_is_an_error_and_leaves_no_file(model, tmp_path, monkeypatch):
+    from clipquant.export import onnx_int8
+
+    def far(plain, batches, forward):
+        return 0.9
+
+    monkeypatch.setattr(onnx_int8, "_relative_error", far)
+    asked = {"calibration": batches()}
+    weights = quantize_weights(model, Recipe(8))
+    with pytest.raises(ExportError, match=r"loses the outputs of Small: .* by 90% of their size"):
+        export_onnx_int8(model, weights, batches()[0], tmp_path / "a.onnx", **asked)
+    assert not (tmp_path / "a.onnx").exists()
+    export_onnx_int8(
+        model, weights, batches()[0], tmp_path / "a.onnx", **asked, judge=enough, max_drop=0.0
+    )  # judged well by the metric itself
+
+
+def test_the_relative_error_is_that_of_floating_outputs():
+    from clipquant.export.onnx_int8 import _relative_error
+
+    model = nn.Identity()
+    call = Example((torch.tensor([3.0, 4.0]),))
+    assert _relative_error(model, [call], lambda x: x) == 0.0
+    assert _relative_error(model, [call], lambda x: x * 0) == pytest.approx(1.0)
+    assert not _relative_error(model, [call], lambda x: x * torch.nan) <= 0.5
+
+
+def test_what_is_no_tensor_among_outputs_comes_back_from_the_runner(tmp_path):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return {"logits": self.linear(x), "classes": 8, "rest": None}
+
+    call, seen = Example((torch.randn(4, 8),)), []
+
+    def judge(forward):
+        seen.append(forward(*call.args))
+        return Judgement(0.0, {})
+
+    model = Counts()
+    export_onnx_int8(
+        model, quantize_weights(model, Recipe(8)), call, tmp_path / "a.onnx", calibration=[call],
+        judge=judge, max_drop=0.0,
+    )  # fmt: skip
+    assert seen[0]["classes"] == 8
+    assert seen[0]["logits"].shape == (4, 8)
+    assert [o.name for o in onnx.load(tmp_path / "a.onnx").graph.output] == ["logits"]

@@ -136,3 +136,18 @@ def test_a_batch_size_that_the_model_fixes_is_said(tmp_path):
     record = export_pt2(model, quantize_weights(model), x, tmp_path / "a.pt2")
     assert "input shapes are fixed at [(4, 3)]" in record.notes[0]
     assert record.difference == 0.0
+
+
+def test_one_layer_under_two_names(tmp_path):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.back = self.front = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.front(self.back(self.first(x)))
+
+    model, x = Shared(), Example((torch.randn(4, 8),))
+    record = export_pt2(model, quantize_weights(model, Recipe(4)), x, tmp_path / "a.pt2")
+    assert record.difference <= 1e-6

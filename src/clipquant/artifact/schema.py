@@ -72,6 +72,7 @@ class Manifest:
         weights: State-dict key -> quantized weight; its codes are the tensor NAME.q.
         aliases: Key of a tied tensor -> the key under which it is held.
         left: What stays in float, and why.
+        lookups: Keys of quantized weights that are looked up.
         versions: Package -> version that wrote the file.
         report: What it says of how it was made; None: nothing.
     """
@@ -82,6 +83,7 @@ class Manifest:
     weights: Mapping[str, Weight]
     aliases: Mapping[str, str]
     left: tuple[LeftInFloat, ...]
+    lookups: frozenset[str]
     versions: Mapping[str, str]
     report: StoredReport | None
 
@@ -182,6 +184,7 @@ def read_manifest(about: Mapping[str, Any], held: Mapping[str, Entry]) -> Manife
         weights,
         _read_aliases(about.get("aliases"), keys),
         tuple(_read_left(value) for value in items(about.get("left"), "left")),
+        frozenset(_read_lookups(about.get("lookups", []), weights)),
         {
             name: text(said, f"versions.{name}")
             for name, said in entries(about.get("versions"), "versions").items()
@@ -199,6 +202,14 @@ def _read_aliases(value: Any, keys: set[str]) -> dict[str, str]:
         if alias in keys:
             raise FieldError(f"aliases.{alias} must not be a key of its own; the file holds it.")
     return aliases
+
+
+def _read_lookups(value: Any, weights: Mapping[str, Weight]) -> list[str]:
+    names = items(value, "lookups")
+    for name in names:
+        if not isinstance(name, str) or name not in weights:
+            raise fault("lookups", "keys of quantized weights", name)
+    return list(names)
 
 
 def _read_left(value: Any) -> LeftInFloat:

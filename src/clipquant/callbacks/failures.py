@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from clipquant.errors import RunError
 
-class QuantizationError(RuntimeError):
+
+class QuantizationError(RunError):
     """A step after training failed, and on_fail="raise" asks to be told by an exception."""
 
 

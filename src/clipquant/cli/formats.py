@@ -35,6 +35,7 @@ def export_artifact(args: argparse.Namespace) -> int:
 
 def _subject(chosen: Format, args: argparse.Namespace, weights: QuantizedWeights) -> Subject:
     """Return what the format is given: the weights, and a model and calls of it where it takes them."""
+    from clipquant.artifact import load_state
     from clipquant.export import Subject, as_example, find_example
 
     if not chosen.traces:
@@ -44,6 +45,7 @@ def _subject(chosen: Format, args: argparse.Namespace, weights: QuantizedWeights
             f"{chosen.name} is traced from the model: pass its class as --model package.module:Class."
         )
     model = _named(args.model, "--model")(**json.loads(args.model_args))
+    load_state(model, weights.state_dict(), str(args.file))  # says what does not fit
     inputs = _read_inputs(args.inputs) if args.inputs else None
     example = find_example(model) if inputs is None else as_example(inputs)
     if not chosen.calibrates:

@@ -73,7 +73,15 @@ def to_pack_quantized(weights: QuantizedWeights, out: str | Path) -> PackQuantiz
         ExportError: If no weight can be packed; says why and what would help.
         OSError: If the folder cannot be written.
     """
-    dense = {n: why for n, t in weights.tensors.items() if (why := why_dense(n, t))}
+    dense = {
+        name: why
+        for name, tensor in weights.tensors.items()
+        if (
+            why := "looked up, not multiplied"
+            if name in weights.lookups
+            else why_dense(name, tensor)
+        )
+    }
     packed = {n: t for n, t in weights.tensors.items() if n not in dense}
     if not packed:
         said = "; ".join(f"{name}: {why}" for name, why in dense.items())

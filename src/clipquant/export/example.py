@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from clipquant.errors import ArgumentError
 
 _LABELS = frozenset({"label", "labels", "target", "targets", "y"})
+_CODES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # what colours a terminal
 _LONGEST = 300  # characters of another library's message that a report repeats
 
 
@@ -141,6 +143,16 @@ def largest_difference(expected: Any, actual: Any) -> float:
     return max((_difference(a, b) for a, b in pairs), default=0.0)
 
 
+def largest_size(outputs: Any) -> float:
+    """Return the largest finite magnitude among the tensors of a model's outputs; 0 without any.
+
+    >>> largest_size({"a": torch.tensor([1.0, -3.0, float("inf")])})
+    3.0
+    """
+    finite = [t.detach().double().nan_to_num(0.0, 0.0, 0.0).abs() for t in _tensors(outputs)]
+    return max((float(t.max()) for t in finite if t.numel()), default=0.0)
+
+
 def _tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
@@ -170,8 +182,23 @@ def _readings(model: nn.Module, batch: Any) -> list[Example]:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's kind and the start of what it says, on one line."""
-    text = " ".join(str(error).split())
+    """Return an error's kind and what it says on one line without a terminal's codes; if long, its cause too.
+
+    >>> reason(ValueError("no  such size."))
+    'ValueError: no such size'
+    """
+    text = _one_line(error)
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
     if len(text) > _LONGEST:
         text = text[:_LONGEST].rsplit(" ", 1)[0] + " ..."
-    return f"{type(error).__name__}: {text}".rstrip(": .")
+    told = f"{type(error).__name__}: {text}".rstrip(": .")
+    cause = _one_line(root)[:_LONGEST]
+    if root is error or cause in told:
+        return told
+    return f"{told}; caused by {type(root).__name__}: {cause}".rstrip(": .")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(_CODES.sub("", str(error)).split())

@@ -18,10 +18,11 @@ from clipquant.export.parts.onnx_graph import (
     EXTRA,
     PACKAGES,
     dequantized_copy,
-    name_batch,
+    name_sizes,
     output_names,
     require_onnx,
     strip_debug_info,
+    tensors_only,
     to_ir,
 )
 from clipquant.export.parts.onnx_weights import emit_weight, stored_weight, stored_width
@@ -93,8 +94,9 @@ def export_onnx(
     """
     require_onnx()
     plain = dequantized_copy(model, weights)
-    captured = capture(plain, example)
-    names = output_names(captured.example.run(plain))
+    outputs = example.run(plain)
+    names = output_names(outputs)
+    captured = capture(tensors_only(plain, outputs), example)
     failures: list[str] = []
     for version in _versions(weights, opset):
         try:
@@ -137,7 +139,7 @@ def _build(
         model.ir_version = max(model.ir_version, _IR_VERSION[2])
     strip_debug_info(model)
     if captured.dynamic:
-        name_batch(model.graph)
+        name_sizes(model.graph)
     model.producer_name = "clipquant"
     model.doc_string = (
         "Weights are integers. In onnxruntime set session.disable_quant_qdq=1, which turns them "

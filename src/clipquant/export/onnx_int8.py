@@ -27,6 +27,7 @@ from clipquant.export.parts.onnx_graph import (
     output_names,
     require_onnx,
     strip_debug_info,
+    tensors_only,
     to_ir,
 )
 from clipquant.export.parts.qdq import CALIBRATION, QdqFile, activation_ranges, quantize_qdq
@@ -118,8 +119,8 @@ def export_onnx_int8(
     wide = _in_float32(plain)
     if wide:
         example, calibration = _cast(example), [_cast(batch) for batch in calibration]
-    captured = capture(plain, example)
-    outputs = captured.example.run(plain)
+    outputs = example.run(plain)
+    captured = capture(tensors_only(plain, outputs), example)
     with TemporaryDirectory() as folder:
         source = Path(folder) / "float.onnx"
         try:

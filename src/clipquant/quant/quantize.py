@@ -16,6 +16,7 @@ from clipquant.quant.methods import Found, Problem
 from clipquant.quant.methods.base import matrix_of, solved
 from clipquant.quant.network.batchnorm import reestimate
 from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.layers import lookups_of
 from clipquant.quant.network.twin import Twin, evaluating
 from clipquant.quant.recipe import Recipe, data_free
 
@@ -75,7 +76,8 @@ def quantize_weights(
     floats = rest_of(model, tensors, selection.aliases)
     floats |= {name: bias for name, bias in found.biases.items() if name in floats}
     notes = {name: "; ".join(said) for name, said in found.notes.items()}
-    weights = QuantizedWeights(tensors, floats, selection.aliases, selection.left, notes)
+    lookups = lookups_of(model, selection.targets)
+    weights = QuantizedWeights(tensors, floats, selection.aliases, selection.left, notes, lookups)
     if calibration is None:
         return weights
     with evaluating(model):

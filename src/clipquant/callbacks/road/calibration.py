@@ -19,6 +19,7 @@ from clipquant.callbacks.road.data import (
 from clipquant.callbacks.road.judge import watched
 from clipquant.callbacks.road.precision import PLAIN, Precision
 from clipquant.callbacks.road.road import Road
+from clipquant.errors import RunError
 from clipquant.quant.network.calibration import EndLoop, Visit
 from clipquant.quant.network.layers import weights_of
 from clipquant.quant.network.state import kept, seeded
@@ -170,7 +171,7 @@ def probe(road: Road) -> Any:
         return [seen]
 
 
-class CalibrationError(RuntimeError):
+class CalibrationError(RunError):
     """No batch could be run, and why."""
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +37,7 @@ def require_onnx() -> None:
 def dequantized_copy(model: nn.Module, weights: QuantizedWeights) -> nn.Module:
     """Return a copy of `model` in eval mode that holds the dequantized weights."""
     copied = copy.deepcopy(model).eval()
-    copied.load_state_dict(weights.state_dict())
+    copied.load_state_dict(weights.state_dict(), strict=False)  # a state may hold more than tensors
     return copied
 
 
@@ -69,19 +72,51 @@ def to_ir(captured: Capture, opset: int, names: list[str]) -> ir.Model:
     return program.model
 
 
-def name_batch(graph: ir.Graph) -> None:
-    """Call the batch dimension `batch` instead of the number that the exporter gives it."""
+def name_sizes(graph: ir.Graph) -> None:
+    """Call open sizes `batch`, `length`, `length_2` instead of by the numbers that the exporter gives them."""
     import onnx_ir as ir
 
     shapes = [v.shape for v in graph.inputs if v.shape is not None and len(v.shape)]
-    old = next((s[0].value for s in shapes if isinstance(s[0], ir.SymbolicDim)), "batch")
+    firsts = [s[0].value for s in shapes if isinstance(s[0], ir.SymbolicDim)]
+    symbols = [str(size.value) for s in shapes for size in s if isinstance(size, ir.SymbolicDim)]
+    names = {str(firsts[0]): "batch"} if firsts else {}
+    for symbol in symbols:
+        if symbol.isidentifier() and symbol not in names:
+            count = len(names) - ("batch" in names.values()) + 1
+            names[symbol] = "length" if count == 1 else f"length_{count}"
     produced = (value for node in graph.all_nodes() for value in node.outputs)
     for value in [*graph.inputs, *produced]:
         if value.shape is not None:  # shapes may be shared and frozen: each value gets its own
-            sizes = [
-                size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape
-            ]
-            value.shape = ir.Shape(["batch" if size == old else size for size in sizes])
+            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+
+
+def _named(size: Any, names: Mapping[str, str]) -> int | str | None:
+    """Return a size, each symbol in it by its name."""
+    if isinstance(size, int):
+        return size
+    symbol = getattr(size, "value", size)
+    if symbol is None or str(symbol).isdigit():
+        return None if symbol is None else int(symbol)
+    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(symbol))
+
+
+def tensors_only(model: nn.Module, outputs: Any) -> nn.Module:
+    """Return a model whose forward gives the tensors among its outputs alone; the model, where it does.
+
+    Args:
+        model: Changed in place where its outputs hold anything else, such as a plain number.
+        outputs: Its outputs.
+    """
+    if all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(outputs)):
+        return model
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def tensors(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return [t for t in pytree.tree_leaves(forward(*args, **kwargs)) if isinstance(t, Tensor)]
+
+    model.forward = tensors
+    return model
 
 
 def strip_debug_info(model: ir.Model) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
+_LENGTH = 32  # of a size beside the batch that a file leaves open
 _KINDS: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -60,14 +61,11 @@ def _graph(file: bytes | str | Path) -> onnx.GraphProto:
 
 
 def open_calls(path: str | Path, threads: int | None = None) -> Calls:
-    """Return what runs a file on zeros of a batch size.
+    """Return what runs a file on zeros of a batch size, and of 32 along whatever else it leaves open.
 
     Args:
         path: Name of the file.
         threads: Threads of one operator.
-
-    Raises:
-        ExportError: When asked for a call of a file that leaves another size than the batch open.
     """
     session = open_any(path, threads)
 
@@ -75,12 +73,9 @@ def open_calls(path: str | Path, threads: int | None = None) -> Calls:
         fed = {}
         for given in session.get_inputs():
             first, *rest = given.shape or [None]
-            if any(not isinstance(size, int) for size in rest):
-                raise ExportError(
-                    f"{path} leaves more than the batch open: {given.name} {given.shape}."
-                )
             if isinstance(first, int) and first != batch:
                 return None
+            rest = [size if isinstance(size, int) else _LENGTH for size in rest]
             shape = [batch, *rest] if given.shape else []
             fed[given.name] = np.zeros(shape, _KINDS[given.type])
         return partial(session.run, None, fed)

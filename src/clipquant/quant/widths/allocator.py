@@ -15,7 +15,7 @@ from clipquant.quant.codes.weights import QuantizedWeights, rest_of
 from clipquant.quant.codes.zeros import is_pruned, kept_zeros
 from clipquant.quant.network.batchnorm import reestimate
 from clipquant.quant.network.calibration import Calibration
-from clipquant.quant.network.layers import Selection, Target, bias_of, is_lookup
+from clipquant.quant.network.layers import Selection, Target, bias_of, is_lookup, lookups_of
 from clipquant.quant.network.moments import HESSIAN_LIMIT, Moments, observe
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.widths.frontier import WIDTHS, Choices, Frontier, frontier
@@ -66,7 +66,8 @@ class Allocator:
             if shift is not None:
                 floats[bias] = (floats[bias] + shift).to(floats[bias].dtype)
         left, aliases = self.selection.left, self.selection.aliases
-        return QuantizedWeights(tensors, floats, aliases, left, self.notes)
+        lookups = lookups_of(self.model, self.selection.targets)
+        return QuantizedWeights(tensors, floats, aliases, left, self.notes, lookups)
 
     def settled(self, weights: QuantizedWeights) -> QuantizedWeights:
         """Return the same weights, with BatchNorm statistics that follow them where that is better."""
@@ -188,7 +189,8 @@ def smallest_weights(
         coded = Coded(codes, Grid(scale, torch.full_like(scale, -1.0), row_levels(bits), size))
         tensors[target.name] = QuantizedTensor(coded, bits, layout, target.weight.dtype, "gptq")
     floats = rest_of(model, tensors, selection.aliases)
-    return QuantizedWeights(tensors, floats, selection.aliases, selection.left)
+    lookups = lookups_of(model, selection.targets)
+    return QuantizedWeights(tensors, floats, selection.aliases, selection.left, lookups=lookups)
 
 
 def output_curvature(fisher: Tensor, moments: Moments) -> Tensor:
