@@ -81,7 +81,8 @@ class QuantizeOnFitEnd(Callback):
         export: Further formats to write beside the file: "pt2" (`model.pt2`), "onnx" (`model.onnx`),
             "onnx-int8" (`model.int8.onnx`), "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
-        on_fail: What to do when a budget cannot be met.
+        on_fail: Whether a missed budget, or a step that fails after training, is an error once all that could
+            be done is on disk ("raise"), or a warning that says what was done instead ("warn").
 
     Attributes:
         report: After the fit, the `QuantizationReport`.
