@@ -21,6 +21,7 @@ REASONS = {
     "callbacks/clip_targets.py": "callbacks/test_gradient_clip_kinds.py runs it in real fits",
     "callbacks/failures.py": "callbacks/test_fault_injection.py: what is told of a step that fails",
     "callbacks/fit_end.py": "callbacks/test_fault_injection.py: every step, and each of them failing",
+    "callbacks/folder.py": "callbacks/test_life_cycle.py, test_rehearsal.py and quantize_checks.py: where files go",
     "callbacks/ladder.py": "callbacks/test_fault_injection.py: every way down",
     "callbacks/settings.py": "callbacks/test_quantize.py and budget/test_search.py: what was asked, in real fits",
     "callbacks/road/data.py": "callbacks/test_life_cycle.py and test_rehearsal.py: every kind of dataloader",
