@@ -25,7 +25,7 @@ collect_ignore = list(map(str, SCRIPTS))  # they import what only two_processes.
 @pytest.fixture(autouse=True)
 def _brief_latency(monkeypatch):
     """Let every fit time its step a few times only: what a test looks at does not depend on how often."""
-    monkeypatch.setattr("clipquant.callbacks.latency.SECONDS", 0.0)
+    monkeypatch.setattr("clipquant.callbacks.road.latency.SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

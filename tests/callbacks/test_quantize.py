@@ -218,15 +218,19 @@ def test_max_steps_0_says_that_nothing_was_trained(tmp_path):
     assert callback.artifact_path.exists()
 
 
-def test_weights_that_became_nan_are_refused_and_the_module_is_kept(tmp_path):
+def test_weights_that_became_nan_stay_in_float_and_the_rest_is_kept(tmp_path):
     class Diverging(Small):
         def on_train_end(self):
             self.net[3].weight.data[0, 0] = float("nan")
 
-    model = Diverging()
-    with pytest.raises(ValueError, match=r"net\.3\.weight \(1 of 1440\)"):
-        fit(QuantizeOnFitEnd(8), tmp_path, model)
+    model, callback = Diverging(), QuantizeOnFitEnd(8)
+    with pytest.warns(UserWarning, match=r"net\.3\.weight \(1 of 1440\).*net\.3\.weight in float"):
+        fit(callback, tmp_path, model)
     assert int(model.net[3].weight.isnan().sum()) == 1
+    assert [layer.name for layer in callback.report.layers] == ["net.0.weight"]
+    assert "net.3.weight (1 of 1440)" in callback.report.failures[0]
+    stored = load_quantized(callback.artifact_path)
+    assert torch.equal(stored["net.3.weight"].isnan(), model.net[3].weight.isnan())
 
 
 def test_a_glob_without_a_match_is_refused_before_training(tmp_path):
@@ -267,11 +271,13 @@ def test_a_disk_that_fills_during_the_fit_leaves_the_trained_module_and_checkpoi
             monkeypatch.setattr(os, "fsync", full)
 
     model, checkpoint = Filling(), ModelCheckpoint(tmp_path / "kept")
-    with pytest.raises(OSError, match="No space left"):
-        fit(
-            QuantizeOnFitEnd(8, dirpath=tmp_path / "out"), tmp_path, model, [checkpoint],
-            enable_checkpointing=True,
-        )  # fmt: skip
+    callback = QuantizeOnFitEnd(8, dirpath=tmp_path / "out")
+    with pytest.warns(
+        UserWarning, match=r"No space left.*Make room, then: clipquant\.quantize\(module"
+    ):
+        fit(callback, tmp_path, model, [checkpoint], enable_checkpointing=True)
+    assert callback.artifact_path is None
+    assert "No space left" in callback.report.failures[0]
     assert all(torch.equal(v, model.trained[k]) for k, v in model.state_dict().items())
     assert list((tmp_path / "out").iterdir()) == []
     kept = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]

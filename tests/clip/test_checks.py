@@ -14,8 +14,8 @@ from clipquant.clip import AdaGC, AutoClip, Norm, Value, ZClip
         (lambda: Value("1.0"), "Value: limit must be a number >= 0, got '1.0'"),
         (lambda: Value(True), "Value: limit must be a number >= 0, got True"),
         (lambda: Norm(float("nan")), "Norm: max_norm must be a number >= 0, got nan"),
-        (lambda: Norm(1.0, 0.5), "Norm: norm_type must be a number >= 1, got 0.5"),
-        (lambda: Norm(1.0, "two"), "Norm: norm_type must be a number >= 1, got 'two'"),
+        (lambda: Norm(1.0, 0.0), "Norm: norm_type must be a number > 0, got 0.0"),
+        (lambda: Norm(1.0, "two"), "Norm: norm_type must be a number > 0, got 'two'"),
         (
             lambda: Norm(1.0, scope="layer"),
             'Norm: scope must be "global", "group" or "tensor", got \'layer\'',

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from clipquant import quantize
-from clipquant.artifact import read_artifact, save_artifact
+from clipquant.artifact import read_artifact, read_metadata, save_artifact
 from clipquant.report import Budget, QuantizationReport, Trial, describe, report_of
 
 
@@ -27,8 +28,25 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv2d(3, 8, 3)
-        self.fc = nn.Linear(50, 12)
+        self.fc = nn.Linear(1000, 400)  # large enough that the report costs less than 1 %
         self.table = nn.Embedding(7, 5)
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    """Read a file's tensors with numpy and zlib alone, named by its header or by its table."""
+    stored = safetensors.numpy.load(path.read_bytes())
+    if "clipquant.table" not in stored:
+        return stored
+    table = json.loads(zlib.decompress(stored["clipquant.table"].tobytes()))
+    kinds = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": "<i8"}
+    found, start = {}, 0
+    for name, kind, shape in table["entries"]:
+        kind = np.dtype(kinds[kind])
+        stop = start + kind.itemsize * math.prod(shape)
+        found[name] = stored["clipquant.data"][start:stop].view(kind).reshape(shape)
+        start = stop
+    assert start == len(stored["clipquant.data"])
+    return found
 
 
 def written(tmp_path: Path, bits: int) -> tuple[QuantizationReport, Path, nn.Module]:
@@ -108,10 +126,10 @@ def test_figures_of_bits_by_row_are_those_of_the_file_read_without_this_package(
     tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 5))
-    made = quantize(model, "auto", max_size=3800, data=[torch.randn(200, 30)])
+    model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 5))
+    made = quantize(model, "auto", max_size=45_000, data=[torch.randn(200, 300)])
     path = made.save(tmp_path / "rows.safetensors")
-    stored = safetensors.numpy.load(path.read_bytes())
+    stored = tensors_of(path)
     held = read_artifact(path)
     read = report_of(held.weights, held.metadata, path.stat().st_size)
     for layer, again in zip(made.report.layers, read.layers, strict=True):
@@ -132,8 +150,36 @@ def test_figures_of_bits_by_row_are_those_of_the_file_read_without_this_package(
         assert layer.sqnr_db == pytest.approx(10 * np.log10((weight**2).sum() / noise), abs=1e-3)
         assert again.sqnr_db == pytest.approx(layer.sqnr_db, abs=1e-3)
         assert again.sensitivity == pytest.approx(layer.sensitivity, rel=1e-4)
-    assert made.report.size_bytes == read.size_bytes == path.stat().st_size <= 3800
+    assert made.report.size_bytes == read.size_bytes == path.stat().st_size <= 45_000
     assert [t.size_bytes for t in read.budget.trials if t.chosen] == [read.size_bytes]
+
+
+def test_a_small_file_keeps_the_figures_and_leaves_the_details_to_the_report(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    made = quantize(nn.Linear(30, 16), 4).reported(
+        float_metrics={"acc": 0.91},
+        quantized_metrics={"acc": 0.9},
+        monitor="acc",
+        mode="max",
+        budget=Budget(0.02, None, (Trial(99, 0.9, chosen=True),), "why"),
+        failures=("exporting failed",),
+    )
+    path = made.save(tmp_path / "small.safetensors")
+    held = read_artifact(path)
+    read = report_of(held.weights, held.metadata, path.stat().st_size)
+    assert (read.drop, read.failures) == (pytest.approx(0.01), ("exporting failed",))
+    assert read.budget == Budget(0.02, None, (), "why")
+    assert math.isnan(read.layers[0].sqnr_db)
+    assert "details" not in read_metadata(path)
+
+
+def test_texts_too_long_for_a_file_are_cut(tmp_path: Path) -> None:
+    made = quantize(nn.Linear(4, 4), 4).reported(calibration="x" * 9000)
+    held = read_artifact(made.save(tmp_path / "long.safetensors"))
+    assert held.metadata.report is not None
+    assert held.metadata.report.calibration == "x" * 997 + "..."
 
 
 def test_a_file_without_a_report_still_gives_sizes_and_bits(tmp_path: Path) -> None:

@@ -5,25 +5,26 @@ from clipquant.artifact.content import (
     load_quantized,
     load_state,
     read_artifact,
+    read_outline,
     save_artifact,
     serialize,
     serialized_size,
-)
-from clipquant.artifact.envelope import (
-    FORMAT_VERSION,
-    ArtifactError,
-    read_metadata,
     verify_artifact,
 )
+from clipquant.artifact.envelope import FORMAT_VERSION, read_metadata
+from clipquant.artifact.fault import ArtifactError
+from clipquant.artifact.folder import claim_folder
 
 __all__ = [
     "FORMAT_VERSION",
     "Artifact",
     "ArtifactError",
+    "claim_folder",
     "load_quantized",
     "load_state",
     "read_artifact",
     "read_metadata",
+    "read_outline",
     "save_artifact",
     "serialize",
     "serialized_size",

@@ -11,34 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from clipquant._version import __version__
-from clipquant.artifact.envelope import (
-    ArtifactError,
-    read_bytes,
-    seal,
-    sealed_size,
-    unseal,
-    write_whole,
-)
+from clipquant.artifact.envelope import find_damage, open_sealed, read_bytes, seal, sealed_size
+from clipquant.artifact.fault import ArtifactError
+from clipquant.artifact.schema import PARTS, Manifest
+from clipquant.artifact.table import DATA, DIGESTS, TABLE
+from clipquant.artifact.weights import Parts, outline, packed_weight, unpacked_weight
 from clipquant.errors import ArgumentError
-from clipquant.quant.codes.grid import Grid, row_levels
-from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.pack import PackedTensor, pack, packed_bytes, unpack_tensor
+from clipquant.files import write_whole
+from clipquant.quant.codes.pack import pack, packed_bytes
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
-from clipquant.quant.codes.weights import LeftInFloat, QuantizedWeights
+from clipquant.quant.codes.weights import QuantizedWeights
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a file holds: the weights, and the JSON object that describes them.
+    """What a file holds: the weights, and what it says of itself.
 
     Args:
         weights: Codes, scales and everything else of the model's state.
-        metadata: `format_version`, `tensors`, `aliases`, `left`, `versions`, `digests`, `sha256`
-            and whatever was given as `extra` when it was saved.
+        metadata: Every field of the file's header, checked.
     """
 
     weights: QuantizedWeights
-    metadata: Mapping[str, Any]
+    metadata: Manifest
 
 
 def save_artifact(
@@ -46,30 +41,29 @@ def save_artifact(
 ) -> Path:
     """Write the weights to `path`, so that either the whole new file stands there or the old one.
 
-    The file is written beside its place, synced, renamed, its folder synced, then read back and
-    compared before this returns.
+    What is to be written is read back as any file is, and compared, before the disk is touched; the
+    bytes on disk are compared before they get their name.
 
     Args:
         weights: What to save.
         path: Name of the file; its folder is made where it is missing.
-        extra: JSON-able entries for the metadata.
+        extra: JSON-able entries for the metadata; "details" is left out where it would cost 1 % or more.
 
     Returns:
         The path written.
 
     Raises:
         OSError: If the folder cannot be made, is not writable or full; an old file stays.
-        ArtifactError: If what was read back differs from what was written.
+        ArtifactError: If what was read back differs from what was meant.
     """
     path = Path(path)
     data = serialize(weights, extra)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _compare(
+        weights,
+        _parse(bytearray(data), path, {n: t.layout.shape for n, t in weights.tensors.items()}),
+        path,
+    )
     write_whole(path, data)
-    if path.read_bytes() != data:
-        raise ArtifactError(
-            f"{path}: read back, the file differs from what was written; try again."
-        )
-    _compare(weights, _parse(data, path).weights, path)
     return path
 
 
@@ -81,7 +75,12 @@ def serialize(weights: QuantizedWeights, extra: Mapping[str, Any] | None = None)
         extra: JSON-able entries for the metadata.
     """
     stored = {name: value.cpu().contiguous() for name, value in _stored(weights, pack).items()}
-    return seal(stored, _about(weights) | dict(extra or {}))
+    try:
+        return seal(stored, _about(weights, extra))
+    except UnicodeEncodeError as error:
+        raise ArtifactError(
+            f"a tensor's name or a note cannot be written as UTF-8 ({error}): rename it."
+        ) from error
 
 
 def serialized_size(weights: QuantizedWeights, extra: Mapping[str, Any] | None = None) -> int:
@@ -92,11 +91,12 @@ def serialized_size(weights: QuantizedWeights, extra: Mapping[str, Any] | None =
         extra: JSON-able entries for the metadata.
 
     >>> from clipquant.quant.quantize import quantize_weights
-    >>> weights = quantize_weights(nn.Linear(8, 4), bits=3)
+    >>> from clipquant.quant.recipe import Recipe
+    >>> weights = quantize_weights(nn.Linear(8, 4), Recipe(bits=3))
     >>> serialized_size(weights) == len(serialize(weights))
     True
     """
-    return sealed_size(_stored(weights, _as_if_packed), _about(weights) | dict(extra or {}))
+    return sealed_size(_stored(weights, _as_if_packed), _about(weights, extra))
 
 
 def _as_if_packed(codes: Tensor, bits: int | Tensor) -> Tensor:
@@ -104,37 +104,95 @@ def _as_if_packed(codes: Tensor, bits: int | Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device="meta")
 
 
-def _about(weights: QuantizedWeights) -> dict[str, Any]:
-    return {
+def _about(weights: QuantizedWeights, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    own = {
         "tensors": {name: _describe(tensor) for name, tensor in weights.tensors.items()},
         "aliases": dict(weights.aliases),
         "left": [[item.name, item.bytes, item.why] for item in weights.left],
-        "versions": _versions(),
+        "versions": {"clipquant": __version__, "torch": torch.__version__},
         **({"lookups": sorted(weights.lookups)} if weights.lookups else {}),
     }
+    return own | dict(extra or {})
 
 
-def read_artifact(path: str | Path) -> Artifact:
-    """Return what a file holds, after proving that no byte of it has changed.
+def read_artifact(path: str | Path, *, max_constant_bytes: int | None = None) -> Artifact:
+    """Return what a file holds, after proving that no byte of it has changed and no field is nonsense.
+
+    Args:
+        path: A file written by `save_artifact`.
+        max_constant_bytes: See `load_quantized`.
+
+    Raises:
+        ArtifactError: If the file is missing, not an artifact, damaged, made to do harm, or of a newer
+            format.
+    """
+    return _parse(read_bytes(path), path, {}, max_constant_bytes)
+
+
+def read_outline(path: str | Path) -> Artifact:
+    """Return what a file holds, its codes left out: they stand on the meta device and take no memory.
 
     Args:
         path: A file written by `save_artifact`.
 
     Raises:
-        ArtifactError: If the file is missing, not an artifact, damaged, or of a newer format.
+        ArtifactError: As `read_artifact`; rows of 0 bits may have any length.
     """
-    return _parse(read_bytes(path), path)
+    parts = Parts(open_sealed(read_bytes(path), path), path)
+    manifest = parts.opened.manifest
+    tensors = {name: outline(parts, name) for name in manifest.weights}
+    return Artifact(_weights(parts, tensors), manifest)
 
 
-def _parse(data: bytes, path: str | Path) -> Artifact:
-    stored, metadata = unseal(data, path)
-    return Artifact(_weights(stored, metadata), metadata)
+def verify_artifact(path: str | Path) -> list[str]:
+    """Return what is damaged in a file, in words; an empty list is a whole file that can be used.
+
+    Args:
+        path: The file.
+    """
+    try:
+        damage = find_damage(path)
+        if not damage:
+            read_outline(path)
+        return damage
+    except ArtifactError as error:
+        return [str(error)]
+
+
+def _parse(
+    data: bytearray,
+    path: str | Path,
+    known: Mapping[str, tuple[int, ...]],
+    max_constant_bytes: int | None = None,
+) -> Artifact:
+    """Return what bytes hold; weights of shapes that are known need not be paid for by the file."""
+    parts = Parts(open_sealed(data, path), path)
+    manifest = parts.opened.manifest
+    parts.check_constants(known, max_constant_bytes)
+    tensors = {name: unpacked_weight(parts, name) for name in manifest.weights}
+    return Artifact(_weights(parts, tensors), manifest)
+
+
+def _weights(parts: Parts, tensors: Mapping[str, QuantizedTensor]) -> QuantizedWeights:
+    manifest = parts.opened.manifest
+    floats = {name: parts.opened.tensor(name) for name in manifest.floats}
+    return QuantizedWeights(
+        tensors, floats, manifest.aliases, manifest.left, lookups=manifest.lookups
+    )
 
 
 def load_quantized(
-    path: str | Path, model: nn.Module | None = None, *, packed: bool = False
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    packed: bool = False,
+    max_constant_bytes: int | None = None,
 ) -> dict[str, Tensor] | nn.Module:
     """Return the state dict that a file holds, dequantized, or `model` with it loaded.
+
+    Nothing that is read can do harm: a file that was damaged or made to do so raises `ArtifactError`, and
+    memory is taken in proportion to the file. Rows of 0 bits, which cost a file nothing, are no larger
+    than those of `model`; without one they may come to 32 MB and twice the file.
 
     Args:
         path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
@@ -142,6 +200,8 @@ def load_quantized(
         packed: Whether `model` is to hold its weights packed, as the file does, and dequantize a
             layer at a time when it runs: about the file's size in memory, the same outputs, and
             weights that cannot be trained. It may have been built under `torch.device("meta")`.
+        max_constant_bytes: Without a model, most bytes that rows of 0 bits may come to. None: 32 MB and
+            twice the file.
 
     Returns:
         Without `model`: every key of the saved model's state dict -> tensor, for
@@ -155,38 +215,38 @@ def load_quantized(
     >>> load_quantized("none.safetensors")
     Traceback (most recent call last):
     ...
-    clipquant.artifact.envelope.ArtifactError: none.safetensors cannot be read: no such file or \
+    clipquant.artifact.fault.ArtifactError: none.safetensors cannot be read: no such file or \
 directory.
     """
-    if packed:
-        if model is None:
+    if model is None:
+        if packed:
             raise ArgumentError(
                 "packed=True needs a model to hold the packed weights; got model=None. "
                 "Pass a module, or leave packed out for a state dict."
             )
-        return _load_packed(path, model)
-    state = read_artifact(path).weights.state_dict()
-    if model is None:
-        return state
-    return load_state(model, state, str(path))
+        return _parse(read_bytes(path), path, {}, max_constant_bytes).weights.state_dict()
+    parts = Parts(open_sealed(read_bytes(path), path), path)
+    manifest = parts.opened.manifest
+    _check_fit(model, manifest.shapes, str(path))
+    if packed:
+        return _load_packed(parts, model)
+    tensors = {name: unpacked_weight(parts, name) for name in manifest.weights}
+    return load_state(model, _weights(parts, tensors).state_dict(), str(path))
 
 
-def _load_packed(path: str | Path, model: nn.Module) -> nn.Module:
-    """Load a file into `model` without unpacking it; change nothing unless all fits."""
-    from clipquant.quant.packed.modules import (
-        pack_modules_,
-    )  # layers, which reading alone has no use for
+def _load_packed(parts: Parts, model: nn.Module) -> nn.Module:
+    """Load a file that fits into `model` without unpacking it."""
+    # Layers, which reading alone has no use for.
+    from clipquant.quant.packed.modules import pack_modules_
 
-    stored, metadata = unseal(read_bytes(path), path)
-    aliases: Mapping[str, str] = metadata["aliases"]
-    tensors = {name: _packed(name, about, stored) for name, about in metadata["tensors"].items()}
-    shapes = {name: tensor.layout.shape for name, tensor in tensors.items()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    _check_fit(model, shapes | {alias: shapes[name] for alias, name in aliases.items()}, str(path))
-    floats = stored | {alias: stored[name] for alias, name in aliases.items() if name in stored}
+    manifest = parts.opened.manifest
+    tensors = {name: packed_weight(parts, name) for name in manifest.weights}
+    floats = {name: parts.opened.tensor(name) for name in manifest.floats}
+    floats |= {alias: floats[name] for alias, name in manifest.aliases.items() if name in floats}
     held = (*model.parameters(), *model.buffers())
-    pack_modules_(model, tensors, aliases)
-    model.load_state_dict(floats, strict=False, assign=any(tensor.is_meta for tensor in held))
+    assign = any(tensor.is_meta for tensor in held)
+    pack_modules_(model, tensors, manifest.aliases)
+    model.load_state_dict(floats, strict=False, assign=assign)
     return model
 
 
@@ -224,9 +284,9 @@ def _stored(
     """Return the tensors of the file: NAME.q, NAME.scale, NAME.zero, NAME.bits, and the rest."""
     stored = dict(weights.floats)
     for name, tensor in weights.tensors.items():
-        parts = {"q": pack(tensor.codes, tensor.bits), "scale": tensor.scale, "zero": tensor.zero}
-        parts["bits"] = tensor.bits if isinstance(tensor.bits, Tensor) else None
-        for part, value in parts.items():
+        bits = tensor.bits if isinstance(tensor.bits, Tensor) else None
+        held = (pack(tensor.codes, tensor.bits), tensor.scale, tensor.zero, bits)
+        for part, value in zip(PARTS, held, strict=True):
             key = f"{name}.{part}"
             if key in stored:
                 raise ArtifactError(
@@ -234,60 +294,35 @@ def _stored(
                 )
             if value is not None:
                 stored[key] = value
+    for key in (DATA, DIGESTS, TABLE):
+        if key in stored:
+            raise ArtifactError(
+                f"the model has a tensor {key!r}, which is a name of the file's own."
+            )
     return stored
 
 
 def _describe(tensor: QuantizedTensor) -> dict[str, Any]:
-    return {
-        "bits": "rows" if isinstance(tensor.bits, Tensor) else tensor.bits,
-        "levels": tensor.levels,
-        "symmetric": tensor.symmetric,
-        "granularity": _granularity(tensor),
-        "axis": tensor.layout.axis,
-        "groups": tensor.layout.groups,
-        "shape": list(tensor.layout.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+    """Return what of a weight its parts do not tell, without what is so for nearly every weight."""
+    bits, layout = tensor.bits, tensor.layout
+    said: dict[str, Any] = {
+        "bits": "rows" if isinstance(bits, Tensor) else bits,
+        "shape": list(layout.shape),
         "method": tensor.method,
     }
+    if not isinstance(bits, Tensor) and tensor.levels != 2**bits - 1:
+        said["levels"] = tensor.levels
+    if tensor.group_size < layout.columns:
+        said["granularity"] = tensor.group_size
+    if layout.axis or layout.groups > 1:
+        said |= {"axis": layout.axis, "groups": layout.groups}
+    if tensor.dtype != torch.float32:
+        said["dtype"] = str(tensor.dtype).removeprefix("torch.")
+    return said
 
 
-def _granularity(tensor: QuantizedTensor) -> str | int:
-    if tensor.group_size < tensor.layout.columns:
-        return tensor.group_size
-    return "tensor" if tensor.scale.shape[0] == 1 < tensor.layout.rows else "channel"
-
-
-def _weights(stored: dict[str, Tensor], metadata: Mapping[str, Any]) -> QuantizedWeights:
-    tensors = {
-        name: unpack_tensor(_packed(name, about, stored))
-        for name, about in metadata["tensors"].items()
-    }
-    left = tuple(LeftInFloat(*item) for item in metadata["left"])
-    lookups = frozenset(metadata.get("lookups", ()))
-    return QuantizedWeights(tensors, stored, metadata["aliases"], left, lookups=lookups)
-
-
-def _packed(name: str, about: Mapping[str, Any], stored: dict[str, Tensor]) -> PackedTensor:
-    """Take one weight's parts out of `stored`."""
-    layout = Layout(tuple(about["shape"]), about["axis"], about["groups"])
-    bits, levels = stored.pop(f"{name}.bits", about["bits"]), about["levels"]
-    size = about["granularity"]
-    grid = Grid(
-        stored.pop(f"{name}.scale"),
-        stored.pop(f"{name}.zero", None),
-        row_levels(bits) if isinstance(bits, Tensor) else levels,
-        size if isinstance(size, int) else layout.columns,
-    )
-    data, dtype = stored.pop(f"{name}.q"), getattr(torch, about["dtype"])
-    return PackedTensor(data, grid, bits, layout, dtype, about["method"])
-
-
-def _versions() -> dict[str, str]:
-    return {"clipquant": __version__, "torch": torch.__version__}
-
-
-def _compare(written: QuantizedWeights, read: QuantizedWeights, path: Path) -> None:
+def _compare(written: QuantizedWeights, read: Artifact, path: Path) -> None:
     """Raise unless each weight that was read stands for exactly the value that was meant."""
     for name, tensor in written.tensors.items():
-        if not torch.equal(dequantize(tensor).cpu(), dequantize(read.tensors[name])):
+        if not torch.equal(dequantize(tensor).cpu(), dequantize(read.weights.tensors[name])):
             raise ArtifactError(f"{path}: read back, {name} differs from what was written.")

@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import json
 import os
-import secrets
 import struct
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from clipquant.errors import ArgumentError
+from clipquant.artifact.fault import ArtifactError
+from clipquant.artifact.schema import (
+    KINDS,
+    Entry,
+    Manifest,
+    listed_entries,
+    read_entries,
+    read_manifest,
+)
+from clipquant.artifact.table import DATA, DIGESTS, TABLE, Frame, framed, inflate
+from clipquant.fields import FieldError, entries, fault, read_json, text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+ROOM = (
+    32 << 20
+)  # bytes that what is read may take in memory before the file's own bytes have paid for it
 _KEY = "clipquant"
 _BLANK = "0" * 64  # stands for the digest while the digest is taken
-_SHORT = 16  # hex digits of a tensor's own digest
-# How safetensors calls the dtypes, in the order in which it lays tensors out.
-_KINDS = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
-    torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_PLACE = {dtype: place for place, dtype in enumerate(_KINDS)}
+_SHORT = 3  # bytes of a tensor's own digest: enough to say which one is damaged
+_KINDS = KINDS
+_PLACE = {dtype: place for place, dtype in enumerate(KINDS)}
 
 
-class ArtifactError(ArgumentError):
-    """A file that cannot be trusted or used: says which file, what is wrong, and what to do."""
+@dataclass(frozen=True)
+class Opened:
+    """A file's bytes, proven whole, and what they say of themselves."""
+
+    data: bytearray
+    manifest: Manifest
+    first: int  # byte of the file at which entries begin
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a copy of one tensor."""
+        entry = self.manifest.entries[name]
+        if 0 in entry.shape:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        raw = torch.frombuffer(
+            self.data, dtype=torch.uint8, count=entry.stop - entry.start, offset=self.first + entry.start
+        )  # fmt: skip
+        return raw.clone().view(entry.dtype).reshape(entry.shape)
 
 
 def seal(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
@@ -46,13 +63,19 @@ def seal(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
 
     Args:
         tensors: Key -> contiguous tensor on the CPU.
-        about: JSON-able.
+        about: JSON-able. Its entry "details" is left out where it would cost 1 % of the file or more.
     """
-    text = _text(about, {name: _digest(tensor) for name, tensor in tensors.items()})
-    data = safetensors.torch.save(dict(tensors), {_KEY: text})
-    end = _header_end(data)
-    digest = hashlib.sha256(data).hexdigest()
-    return data[:end].replace(_BLANK.encode(), digest.encode(), 1) + data[end:]
+    ordered = [(name, tensors[name]) for name in _ordered(tensors)]
+    bodies = [_bytes_of(tensor) for _, tensor in ordered]
+    digests = b"".join(hashlib.sha256(body).digest()[:_SHORT] for body in bodies)
+    frame = _frame(tensors, about, digests)
+    whole = hashlib.sha256(frame.head)
+    for body in bodies:
+        whole.update(body)
+    whole.update(frame.tail)
+    at = frame.blank
+    head = frame.head[:at] + whole.hexdigest().encode() + frame.head[at + len(_BLANK) :]
+    return b"".join((head, *bodies, frame.tail))
 
 
 def sealed_size(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> int:
@@ -65,144 +88,132 @@ def sealed_size(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> int:
     >>> sealed_size({"a": torch.ones(3)}, {}) == len(seal({"a": torch.ones(3)}, {}))
     True
     """
-    text = _text(about, dict.fromkeys(tensors, _BLANK[:_SHORT]))
-    header: dict[str, Any] = {"__metadata__": {_KEY: text}}
-    end = 0
-    for name in sorted(tensors, key=lambda name: (_PLACE[tensors[name].dtype], name)):
-        tensor, start = tensors[name], end
-        end += tensor.nbytes
-        kind = _KINDS[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + len(written) + -len(written) % 8 + end  # the header is padded to whole words
+    frame = _frame(tensors, about, bytes(_SHORT * len(tensors)))
+    return len(frame.head) + len(frame.tail) + sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _text(about: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    metadata = {
-        "format_version": FORMAT_VERSION, **about, "digests": digests, "sha256": _BLANK,
-    }  # fmt: skip
-    return json.dumps(metadata, separators=(",", ":"), sort_keys=True)
+def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: (_PLACE[tensors[name].dtype], name))
 
 
-def unseal(data: bytes, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the JSON object of a sealed file, proven whole.
+def _frame(tensors: Mapping[str, Tensor], about: Mapping[str, Any], digests: bytes) -> Frame:
+    listed = [
+        (name, KINDS[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes)
+        for name in _ordered(tensors)
+    ]
+    return framed(_KEY, listed, {**about, "format_version": FORMAT_VERSION}, digests, _BLANK)
+
+
+def open_sealed(data: bytearray, path: str | Path) -> Opened:
+    """Return a sealed file's tensors and records, proven whole and free of nonsense.
 
     Args:
         data: The file's bytes.
         path: Its name, for errors.
 
     Raises:
-        ArtifactError: If any byte has changed, or the format is newer than this code.
+        ArtifactError: If any byte has changed, the format is newer than this code, or a field holds
+            what cannot be.
     """
-    metadata = _metadata(data, path)
-    _check_version(metadata, path)
-    damage = _damage(data, metadata)
+    head = _read_head(data, path, len(data))
+    try:
+        damage = _damage(data, head)
+    except FieldError as error:
+        raise _cannot_be(path, error) from error
     if damage:
         raise ArtifactError(f"{path} is damaged: {'; '.join(damage)}. Fetch or write it again.")
-    return safetensors.torch.load(data), metadata
-
-
-def verify_artifact(path: str | Path) -> list[str]:
-    """Return what is damaged in a file, in words; an empty list is a whole file.
-
-    Args:
-        path: The file.
-    """
     try:
-        data = read_bytes(path)
-        metadata = _metadata(data, path)
-        _check_version(metadata, path)
-    except ArtifactError as error:
-        return [str(error)]
-    return _damage(data, metadata)
+        about = _about(head, lambda start, stop: bytes(memoryview(data)[start:stop]))
+        held, first = _held(head, about)
+        return Opened(data, read_manifest(about, held), first)
+    except FieldError as error:
+        raise _cannot_be(path, error) from error
+
+
+def find_damage(path: str | Path) -> list[str]:
+    """Return which tensors of a file differ from their digests, in words; an empty list is a whole file.
+
+    Raises:
+        ArtifactError: If the file cannot be read at all.
+    """
+    data = read_bytes(path)
+    head = _read_head(data, path, len(data))
+    try:
+        return _damage(data, head)
+    except FieldError as error:
+        raise _cannot_be(path, error) from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Return a file's JSON object without reading its tensors or proving them whole."""
     try:
         with open(path, "rb") as file:
-            head = file.read(8)
-            head += file.read(min(_header_end(head + bytes(8)) - 8, os.path.getsize(path)))
+            size = os.path.getsize(path)
+            data = file.read(8)
+            if len(data) == 8:
+                data += file.read(min(_header_end(data) - 8, size))
+
+            def read(start: int, stop: int) -> bytes:
+                file.seek(start)
+                return file.read(stop - start)
+
+            return _about(_read_head(data, path, size), read)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return _metadata(head, path, whole=False)
+    except FieldError as error:
+        raise _cannot_be(path, error) from error
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path) -> bytearray:
     """Return a file's bytes, or raise ArtifactError saying why there are none."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = bytearray(size)
+            del data[file.readinto(data) :]
+            return data
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that its name stands for the old bytes or the new, never for a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
+@dataclass(frozen=True)
+class _Head:
+    """A header: its metadata, its other entries, and where it and the file end."""
+
+    about: Mapping[str, Any]
+    entries: Mapping[str, Any]
+    end: int
+    size: int
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename last through a power cut, where the system can open folders (not Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(tensor: Tensor) -> str:
-    """Return the first 16 hex digits of a tensor's sha256: enough to say which one is damaged."""
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:_SHORT]
-
-
-def _header_end(data: bytes) -> int:
-    return 8 + int(struct.unpack("<Q", data[:8])[0])
-
-
-def _metadata(data: bytes, path: str | Path, whole: bool = True) -> dict[str, Any]:
-    """Return the JSON object in a file's header, or say why there is none."""
+def _read_head(data: bytes | bytearray, path: str | Path, size: int) -> _Head:
+    """Return a file's header, or say why there is none."""
     if len(data) < 8:
         raise ArtifactError(f"{path} is damaged: it ends after {len(data)} bytes.")
     end = _header_end(data)
     if end > len(data):
         raise ArtifactError(f"{path} is damaged or no safetensors file: its header is cut off.")
     try:
-        header = json.loads(data[8:end])
-        text = header.get("__metadata__", {}).get(_KEY)
-        metadata = json.loads(text) if text is not None else None
-        sizes = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ArtifactError(f"{path} is damaged or no safetensors file: {error}.") from error
-    if not isinstance(metadata, dict):
-        raise ArtifactError(
-            f"{path} is a safetensors file without clipquant's metadata: not one of its artifacts, "
-            "or damaged."
-        )
-    if whole and end + max(sizes, default=0) != len(data):
-        raise ArtifactError(
-            f"{path} is damaged: {len(data)} bytes, where its header says "
-            f"{end + max(sizes, default=0)}. Fetch or write it again."
-        )
-    return metadata
+        header = entries(read_json(bytes(data[8:end]), "its header", ROOM + size), "its header")
+        metadata = entries(header.pop("__metadata__", {}), "__metadata__")
+        said = metadata.get(_KEY)
+        if said is None:
+            raise ArtifactError(
+                f"{path} is a safetensors file without clipquant's metadata: not one of its artifacts, "
+                "or damaged."
+            )
+        raw = text(said, f"__metadata__.{_KEY}", size).encode()
+        about = entries(read_json(raw, "its metadata", ROOM + size), "its metadata")
+    except FieldError as error:
+        raise ArtifactError(f"{path} is damaged or no safetensors file: {error}") from error
+    _check_version(about, path)
+    return _Head(about, header, end, size)
 
 
-def _check_version(metadata: Mapping[str, Any], path: str | Path) -> None:
-    version = metadata.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise ArtifactError(f"{path} is damaged: format_version is {version!r}.")
+def _check_version(about: Mapping[str, Any], path: str | Path) -> None:
+    version = about.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ArtifactError(f"{path} is damaged: format_version is {version!r:.40}.")
     if version > FORMAT_VERSION:
         raise ArtifactError(
             f"{path} has format_version {version}; this clipquant reads up to {FORMAT_VERSION}. "
@@ -210,27 +221,96 @@ def _check_version(metadata: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
-def _damage(data: bytes, metadata: Mapping[str, Any]) -> list[str]:
+def _about(head: _Head, read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """Return the whole JSON object: where the header holds only a stub, the table's too."""
+    if TABLE not in head.entries or head.about["format_version"] < 2:
+        return dict(head.about)
+    place = read_entries(head.entries, head.size - head.end)[TABLE]
+    raw = inflate(read(head.end + place.start, head.end + place.stop), ROOM + head.size)
+    table = entries(read_json(raw, "its table", ROOM + head.size), "its table")
+    return {**table, **head.about}
+
+
+def _held(head: _Head, about: Mapping[str, Any]) -> tuple[dict[str, Entry], int]:
+    """Return the tensors of a file, and the byte at which they begin."""
+    held = read_entries(head.entries, head.size - head.end)
+    if TABLE not in held or head.about["format_version"] < 2:
+        return held, head.end
+    data = held.get(DATA)
+    if data is None or data.start or set(held) != {DATA, DIGESTS, TABLE}:
+        raise FieldError(
+            f"a file with a {TABLE} must hold {DATA} first, {DIGESTS} and nothing else."
+        )
+    return listed_entries(about.get("entries"), data.stop), head.end
+
+
+def _damage(data: bytearray, head: _Head) -> list[str]:
     """Return which parts of a file do not match their digests."""
-    end, digest = _header_end(data), metadata.get("sha256")
-    if not isinstance(digest, str) or len(digest) != 64:
+    digest = head.about.get("sha256")
+    if not isinstance(digest, str) or len(digest) != 64 or not digest.isascii():
         return ["its sha256 is missing from the header"]
-    whole = hashlib.sha256(data[:end].replace(digest.encode(), _BLANK.encode(), 1))
-    whole.update(memoryview(data)[end:])
+    whole = hashlib.sha256(data[: head.end].replace(digest.encode(), _BLANK.encode(), 1))
+    whole.update(memoryview(data)[head.end :])
     if whole.hexdigest() == digest:
         return []
-    return _damaged_tensors(data, metadata) or ["its header"]
+    return _damaged_tensors(data, head) or ["its header"]
 
 
-def _damaged_tensors(data: bytes, metadata: Mapping[str, Any]) -> list[str]:
+def _damaged_tensors(data: bytearray, head: _Head) -> list[str]:
     try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        about = _about(head, lambda start, stop: bytes(memoryview(data)[start:stop]))
+        held, first = _held(head, about)
+        digests = _digests(about, held, data, head)
+    except FieldError as error:
         return [f"its header ({error})"]
-    digests = metadata.get("digests")
-    if not isinstance(digests, dict):
-        return []
-    return [name for name, tensor in tensors.items() if digests.get(name) != _digest(tensor)]
+    parts = memoryview(data)
+    return [
+        name
+        for name, entry in held.items()
+        if not _matches(parts[first + entry.start : first + entry.stop], digests.get(name))
+    ]
+
+
+def _digests(
+    about: Mapping[str, Any], held: Mapping[str, Entry], data: bytearray, head: _Head
+) -> dict[str, bytes]:
+    """Return each tensor's own digest, as far as the file has one."""
+    said = about.get("digests")
+    if head.about["format_version"] < 2:
+        named = entries(said if isinstance(said, dict) else {}, "digests")
+        return {k: bytes.fromhex(v) for k, v in named.items() if _is_hex(v)}
+    if TABLE in head.entries:
+        place = read_entries(head.entries, head.size - head.end)[DIGESTS]
+        raw = bytes(memoryview(data)[head.end + place.start : head.end + place.stop])
+    else:
+        try:
+            raw = base64.b64decode(text(said, "digests", len(data)), validate=True)
+        except ValueError as error:
+            raise fault("digests", "base64", said) from error
+    return {name: raw[_SHORT * i : _SHORT * (i + 1)] for i, name in enumerate(held)}
+
+
+def _is_hex(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 16 and set(value) <= set("0123456789abcdef")
+
+
+def _matches(part: memoryview, digest: bytes | None) -> bool:
+    return bool(digest) and hashlib.sha256(part).digest()[: len(digest or b"")] == digest
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _header_end(data: bytes | bytearray) -> int:
+    return 8 + int(struct.unpack("<Q", data[:8])[0])
+
+
+def _cannot_be(path: str | Path, error: FieldError) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is damaged or made to do harm: {error} Fetch it again from where it was written."
+    )
 
 
 def _unreadable(path: str | Path, error: OSError) -> ArtifactError:

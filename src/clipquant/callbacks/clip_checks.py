@@ -8,10 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
+from clipquant.callbacks.lightning import package_of
+from clipquant.clip.checks import is_count, is_number
 from clipquant.clip.rule import Rule
 from clipquant.errors import ArgumentError, ArgumentTypeError
 
@@ -30,13 +31,14 @@ def refuse_second_clipping(trainer: pl.Trainer) -> None:
 
 def refuse_strategy(trainer: pl.Trainer) -> None:
     """Refuse strategies that keep the gradients from the callback."""
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    strategies = package_of(trainer).strategies
+    if isinstance(trainer.strategy, strategies.DeepSpeedStrategy):
         raise MisconfigurationException(
             "DeepSpeedStrategy clips in its own engine and never shows GradientClipCallback the gradients. Remove "
             "GradientClipCallback and set Trainer(gradient_clip_val=...), or use another strategy such as "
             '"ddp" or ModelParallelStrategy'
         )
-    if isinstance(trainer.strategy, FSDPStrategy):
+    if isinstance(trainer.strategy, strategies.FSDPStrategy):
         raise MisconfigurationException(
             "FSDPStrategy shows GradientClipCallback flattened shards, whose norms and non-finite elements differ from "
             "process to process. Use ModelParallelStrategy (FSDP2) with GradientClipCallback, or remove "
@@ -56,6 +58,42 @@ def check_optimizer(optimizer: Optimizer, rule: Rule) -> None:
     rank_zero_warn(
         "LBFGS evaluates the gradients several times a step; GradientClipCallback clips each evaluation, which changes "
         "the curvature that LBFGS estimates"
+    )
+
+
+def warn_of_zero(rule: Any) -> None:
+    """Warn of the number 0, which switches clipping off in Lightning and stops all learning here."""
+    if is_number(rule) and rule == 0:
+        rank_zero_warn(
+            "GradientClipCallback(0) clamps every gradient element to 0, so that nothing is learned. To switch "
+            "clipping off, as gradient_clip_val=0 does in Lightning, leave the callback out or give math.inf; to "
+            "freeze the model on purpose, give Value(0.0)"
+        )
+
+
+def warn_of_tuners(trainer: pl.Trainer) -> None:
+    """Say that Lightning's finders run without callbacks."""
+    callbacks = package_of(trainer).callbacks
+    finders = (callbacks.LearningRateFinder, callbacks.BatchSizeFinder)
+    found = [type(c).__name__ for c in trainer.callbacks if isinstance(c, finders)]  # type: ignore[attr-defined]
+    if found:
+        rank_zero_warn(
+            f"GradientClipCallback does not clip what {' and '.join(found)} tries: Lightning runs it without "
+            "callbacks, on unclipped gradients. A learning rate found so may be lower than clipping allows"
+        )
+
+
+def warn_of_unseen_steps(trainer: pl.Trainer, indices: Sequence[int]) -> None:
+    """Warn of optimizers that no step was seen of although training ran."""
+    unseen = [
+        i for i in indices if len(indices) == len(trainer.optimizers) or trainer.optimizers[i].state
+    ]
+    if trainer.fit_loop.total_batch_idx < 0 or not unseen:
+        return
+    rank_zero_warn(
+        f"GradientClipCallback saw no step of optimizer {', '.join(map(str, unseen))}, so nothing of it was clipped. "
+        "Under manual optimization step what self.optimizers() returns, not the bare optimizer "
+        "(use_pl_optimizer=False), or call clip_gradients_ before optimizer.step()"
     )
 
 
@@ -87,16 +125,16 @@ def as_count(name: str, value: Any, low: int, remedy: str) -> int | None:
     """Return `value` if it is None or a whole number of at least `low`."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if not is_count(value) or value < low:
         raise ArgumentError(f"{name} must be a whole number >= {low}, got {value!r}: {remedy}")
-    return value
+    return int(value)
 
 
 def as_limit(name: str, value: Any) -> float | None:
     """Return `value` if it is None or a positive number."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if not is_number(value) or not value > 0:
         raise ArgumentError(f"{name} must be a number > 0, or None for no limit, got {value!r}")
     return float(value)
 
@@ -116,9 +154,7 @@ def as_indices(value: Any) -> list[int] | None:
     """Return `value` if it is None or a list of whole numbers."""
     if value is None:
         return None
-    if not isinstance(value, (list, tuple)) or any(
-        isinstance(i, bool) or not isinstance(i, int) for i in value
-    ):
+    if not isinstance(value, (list, tuple)) or not all(map(is_count, value)):
         raise ArgumentTypeError(
             f"optimizers must be a list of optimizer indices, got {value!r}: give e.g. [0], or None for all"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
@@ -12,11 +13,11 @@ from torch.optim import Optimizer
 from clipquant.clip.assign import OVERRIDE, Assignment, as_rule, assign
 from clipquant.clip.rule import Rule
 
+_KEEPING: WeakSet[Optimizer] = WeakSet()  # optimizers whose saved states hold no rule
+
 
 class Targets:
     """The parameters of one optimizer, divided among the callback's rule and those of parameter groups.
-
-    While training, the rules are kept out of the parameter groups, for they would end up pickled in checkpoints.
 
     Args:
         optimizer: The optimizer.
@@ -36,36 +37,28 @@ class Targets:
         exclude: Sequence[str] | None,
     ) -> None:
         self.optimizer, self.rule, self.include, self.exclude = optimizer, rule, include, exclude
-        self._overrides: dict[int, Rule | None] = {}
-        self._sizes: tuple[int, ...] = ()
+        self._held: list[Any] = []
         self._assignment: Assignment | None = None
-        self._take_overrides()
+        keep_rules_out_of_states(optimizer)
+        for group in optimizer.param_groups:
+            if group.get(OVERRIDE) is not None:
+                as_rule(group[OVERRIDE])
 
     def assignment(self, pl_module: pl.LightningModule) -> Assignment:
-        """Return who clips what, made once and again when parameters were added to the optimizer."""
+        """Return who clips what of all that the optimizer holds now; made anew only when that has changed."""
         groups = self.optimizer.param_groups
-        sizes = tuple(len(group["params"]) for group in groups)
-        if self._assignment is None or sizes != self._sizes:
-            self._take_overrides()
-            own = [
-                {OVERRIDE: self._overrides[i]} if i in self._overrides else {}
-                for i in range(len(groups))
-            ]
+        held = [(*map(id, g["params"]), id(g[OVERRIDE]) if OVERRIDE in g else None) for g in groups]
+        if self._assignment is None or held != self._held:
             names = parameter_names(pl_module)
             self._assignment = assign(
-                [{"params": group["params"], **o} for group, o in zip(groups, own, strict=True)],
+                groups,
                 self.rule,
                 {key: aliases[0] for key, aliases in names.items()},
                 lambda param: self._chosen(names.get(id(param), [])),
             )
-            self._sizes = sizes
+            # The assignment holds the parameters, so that none of these ids can come to mean another one.
+            self._held = held
         return self._assignment
-
-    def give_back(self) -> None:
-        """Put the rules back into the parameter groups."""
-        for group, override in self._overrides.items():
-            if group < len(self.optimizer.param_groups):
-                self.optimizer.param_groups[group][OVERRIDE] = override
 
     def _chosen(self, names: Sequence[str]) -> bool:
         included = self.include is None or any(
@@ -75,11 +68,43 @@ class Targets:
             fnmatchcase(n, glob) for n in names for glob in self.exclude or []
         )
 
-    def _take_overrides(self) -> None:
-        for i, group in enumerate(self.optimizer.param_groups):
-            if OVERRIDE in group:
-                override: Any = group.pop(OVERRIDE)
-                self._overrides[i] = None if override is None else as_rule(override)
+
+def keep_rules_out_of_states(optimizer: Optimizer) -> None:
+    """Make what `optimizer.state_dict()` returns hold no rule, and loading leave the groups' rules as they are.
+
+    A rule in a saved state could not be loaded by `torch.load(weights_only=True)`. In the parameter groups it stays: in
+    every later fit with this optimizer, whatever ended this one.
+    """
+    if optimizer in _KEEPING:
+        return
+    _KEEPING.add(optimizer)
+    optimizer.register_state_dict_post_hook(_without_rules)
+    optimizer.register_load_state_dict_pre_hook(_with_own_rules)
+
+
+def without_rules(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state dict without the rules of its parameter groups."""
+    groups = state.get("param_groups", [])
+    if not any(isinstance(group, Mapping) and OVERRIDE in group for group in groups):
+        return dict(state)
+    kept = [{key: value for key, value in g.items() if key != OVERRIDE} for g in groups]
+    return {**state, "param_groups": kept}
+
+
+def _without_rules(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    return without_rules(state)
+
+
+def _with_own_rules(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state to load, its groups with the rules that the optimizer's own groups have."""
+    state = without_rules(state)
+    own = [
+        {OVERRIDE: group[OVERRIDE]} if OVERRIDE in group else {} for group in optimizer.param_groups
+    ]
+    if len(own) == len(state["param_groups"]):  # else torch says what does not fit
+        groups = [{**g, **o} for g, o in zip(state["param_groups"], own, strict=True)]
+        state["param_groups"] = groups
+    return state
 
 
 def parameter_names(pl_module: pl.LightningModule) -> dict[int, list[str]]:

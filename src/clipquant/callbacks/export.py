@@ -6,19 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 
-from clipquant.callbacks.calibration import step_forward
-from clipquant.callbacks.data import train_batches
-from clipquant.callbacks.evaluate import judge
-from clipquant.callbacks.guest import copy_module
+from clipquant.callbacks.road.calibration import Found, Prepared, loop_on, run_prepared
+from clipquant.callbacks.road.judge import judge, replaced
+from clipquant.callbacks.road.road import Road
 from clipquant.errors import ArgumentError
 from clipquant.export import (
     Example,
@@ -68,27 +63,25 @@ def check_installed(formats: Sequence[Format]) -> None:
 
 
 def export_files(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
+    road: Road,
+    found: Found | None,
     quantized: QuantizedModel,
     formats: Sequence[Format],
     folder: Path,
     *,
-    calibration_batches: int,
     max_drop: float | None,
 ) -> tuple[ExportRecord, ...]:
     """Write the exports; one that fails is a record that says why, never an error at fit end.
 
     Args:
-        trainer: The Trainer that has fitted; gives the data and the metric.
-        module: Detached from it, on the CPU; not touched.
+        road: The road; its guest ends as it was.
+        found: Batches that give the example and calibrate the ranges of activations.
         quantized: The quantized weights and what is known of them.
         formats: What to write.
         folder: Where the files go.
-        calibration_batches: Train batches that calibrate the ranges of activations.
         max_drop: Most that int8 may lose of the monitored metric.
     """
-    source = _Source(trainer, module, quantized, calibration_batches, max_drop)
+    source = _Source(road, found, quantized, max_drop)
     return tuple(_export(chosen, source, folder / chosen.file) for chosen in formats)
 
 
@@ -107,10 +100,9 @@ def _export(chosen: Format, source: _Source, path: Path) -> ExportRecord:
 class _Source:
     """What the subjects of all exports of one fit are made from, each part once and only where it is needed."""
 
-    trainer: pl.Trainer
-    module: pl.LightningModule
+    road: Road
+    found: Found | None
     quantized: QuantizedModel
-    calibration_batches: int
     max_drop: float | None
 
     def subject(self, chosen: Format) -> tuple[Subject, str]:
@@ -118,61 +110,80 @@ class _Source:
         weights = self.quantized.weights
         if not chosen.traces:
             return Subject(weights), ""
-        traced = Subject(weights, self.copy, self.example)
+        traced = Subject(weights, self.road.guest, self.example)
         if not chosen.calibrates:
             return traced, ""
+        batches = [] if self.found is None else list(self.found.batches)
+        seen = _seen_calls(self.road, batches)
+        judge_forward, unjudged = _judge(self.road, self.quantized.report)
+        _detach_(self.road)
         calls = [
-            find_example(
-                self.copy, batch, own=False, call=_seen_call(self.trainer, self.copy, batch)
-            )
-            for batch in islice(train_batches(self.trainer), self.calibration_batches)
+            find_example(self.road.guest, batch, own=False, call=call)
+            for batch, call in zip(batches, seen, strict=True)
         ]
-        judge_forward, unjudged = _judge(self.trainer, self.copy, self.quantized.report)
         return (
             replace(traced, calibration=calls, judge=judge_forward, max_drop=self.max_drop),
             unjudged,
         )
 
     @cached_property
-    def copy(self) -> pl.LightningModule:
-        return copy_module(self.module).eval()
-
-    @cached_property
     def example(self) -> Example:
-        batch = next(train_batches(self.trainer), None)
-        return find_example(self.copy, batch, call=_seen_call(self.trainer, self.copy, batch))
+        return find_call(self.road, self.found)
 
 
-def _seen_call(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Example | None:
-    """Return what `validation_step` first calls forward with for a batch; None where it does not.
+def find_call(road: Road, found: Found | None) -> Example:
+    """Return a call that the guest's `forward` accepts.
+
+    Raises:
+        ExportError: If none can be found.
+    """
+    batches = [] if found is None else list(found.batches[:1])
+    seen = _seen_calls(road, batches)
+    _detach_(road)
+    return find_example(road.guest, batches[0] if batches else None, call=seen[0] if seen else None)
+
+
+def _detach_(road: Road) -> None:
+    road.guest._trainer = None
+    road.guest.eval()
+
+
+def _seen_calls(road: Road, batches: Sequence[Any]) -> list[Example | None]:
+    """Return what `validation_step` first calls forward with for each batch; None where it does not.
 
     What a step passes to forward is known for certain only by running it: a batch of two tensors may
     be inputs and targets, two inputs, or one input that is a pair.
     """
-    if batch is None or not is_overridden("validation_step", module, pl.LightningModule):
-        return None
-    calls: list[Example] = []
+    found: list[Example | None] = [None] * len(batches)
+    if not batches or not road.has_step:
+        return found
+    own = road.guest.forward
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        calls.append(Example(args, kwargs))
-        return module.forward(*args, **kwargs)
+    def visit(number: int, prepared: Prepared) -> None:
+        calls: list[Example] = []
 
-    guest = copy_module(module)
-    guest.forward = recorded  # type: ignore[method-assign]
-    # A step that fails here ran in the fit, so it needs more than this; forward may be reached even so.
-    with isolate_rng(), torch.no_grad(), suppress(Exception):
-        step_forward(trainer, guest)(guest, batch)
-    return calls[0] if calls else None
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            calls.append(Example(args, kwargs))
+            return own(*args, **kwargs)
+
+        with replaced(road.guest, recorded), torch.no_grad(), suppress(Exception):
+            run_prepared(road.guest, prepared)
+        found[number] = calls[0].map(_to_cpu) if calls else None
+
+    loop_on(road)(batches, range(len(batches)), visit)
+    return found
 
 
-def _judge(
-    trainer: pl.Trainer, module: pl.LightningModule, report: QuantizationReport
-) -> tuple[Judge | None, str]:
+def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu()
+
+
+def _judge(road: Road, report: QuantizationReport) -> tuple[Judge | None, str]:
     """Return a judge by the monitored metric; without one, why there is none that forward decides."""
     monitor = report.monitor
     if monitor is None or monitor not in report.float_metrics:
         return None, "no validation metric is monitored"
-    called = _metrics_with(trainer, module, module.forward)[1]
+    called = _metrics_with(road, road.guest.forward)[1]
     if not called:
         return None, (
             "validation_step does not call self(...) or self.forward(...), in whose place the exported "
@@ -180,16 +191,14 @@ def _judge(
         )
 
     def judge_forward(forward: Forward) -> Judgement:
-        metrics, _ = _metrics_with(trainer, module, forward)
+        metrics, _ = _metrics_with(road, forward)
         worse = metrics[monitor] - report.float_metrics[monitor]
         return Judgement(-worse if report.mode == "max" else worse, metrics)
 
     return judge_forward, ""
 
 
-def _metrics_with(
-    trainer: pl.Trainer, module: pl.LightningModule, forward: Forward
-) -> tuple[dict[str, float], bool]:
+def _metrics_with(road: Road, forward: Forward) -> tuple[dict[str, float], bool]:
     """Return the validation metrics with `forward` in the place of the module's, and if it was used."""
     calls = []
 
@@ -197,6 +206,4 @@ def _metrics_with(
         calls.append(1)
         return forward(*args, **kwargs)
 
-    guest = copy_module(module)
-    guest.forward = counted  # type: ignore[method-assign]
-    return judge(trainer, guest), bool(calls)
+    return judge(road, forward=counted), bool(calls)

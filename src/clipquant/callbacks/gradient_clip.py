@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -24,10 +22,29 @@ from clipquant.callbacks.clip_checks import (
     check_optimizer,
     refuse_second_clipping,
     refuse_strategy,
+    warn_of_tuners,
+    warn_of_unseen_steps,
+    warn_of_zero,
 )
-from clipquant.callbacks.clip_figures import Log, figures, logs_now
-from clipquant.callbacks.clip_targets import Targets, parameter_names
-from clipquant.clip.apply import clip_assigned_
+from clipquant.callbacks.clip_evaluations import Evaluations
+from clipquant.callbacks.clip_figures import Log, figures, group_names, logs_now, own_name
+from clipquant.callbacks.clip_resume import (
+    Resume,
+    described,
+    kind_of,
+    public_kind,
+    same_targets,
+    states_of_groups,
+)
+from clipquant.callbacks.clip_scaler import Unscaling, divided, scaler_of
+from clipquant.callbacks.clip_targets import (
+    Targets,
+    keep_rules_out_of_states,
+    parameter_names,
+    without_rules,
+)
+from clipquant.callbacks.lightning import Callback, is_overridden
+from clipquant.clip.apply import clip_assigned_, remove_gradients_
 from clipquant.clip.assign import Assignment, as_rule
 from clipquant.clip.finite import OnNonfinite, check_policy
 from clipquant.clip.fold import can_fold, fold_, unfold_, unfold_after_step
@@ -84,6 +101,7 @@ class GradientClipCallback(Callback):
         log: Log = True,
     ) -> None:
         self.rule = as_rule(rule)
+        warn_of_zero(rule)
         self.on_nonfinite = check_policy(on_nonfinite)
         self.max_consecutive_skips = as_count(
             "max_consecutive_skips", max_consecutive_skips, 0, "None for no limit"
@@ -105,19 +123,29 @@ class GradientClipCallback(Callback):
         self._progress: dict[int, Progress] = {}
         self._targets: dict[int, Targets] = {}
         self._handles: dict[int, RemovableHandle] = {}
+        self._evaluations: dict[int, Evaluations | None] = {}
+        self._unscaling = Unscaling()
+        self._resume = Resume()
 
     @property
     def state_key(self) -> str:
-        """Key in a checkpoint: callbacks for different optimizers or parameters keep their states apart."""
+        """Key in a checkpoint: callbacks for other optimizers, parameters or rules keep their states apart."""
         return self._generate_state_key(
-            optimizers=self.optimizers, include=self.include, exclude=self.exclude
+            optimizers=self.optimizers,
+            include=self.include,
+            exclude=self.exclude,
+            rule=described(self.rule),
         )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before training starts."""
-        if stage == "fit":
-            refuse_second_clipping(trainer)
-            refuse_strategy(trainer)
+        """Refuse what cannot work before training starts, and begin anew unless a run goes on."""
+        if stage != "fit":
+            return
+        refuse_second_clipping(trainer)
+        refuse_strategy(trainer)
+        warn_of_tuners(trainer)
+        if not self._resume.goes_on(trainer, pl_module):
+            self._progress, self.record = {}, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check globs, optimizer indices and optimizers, which exist from here on."""
@@ -127,10 +155,10 @@ class GradientClipCallback(Callback):
         names = [name for aliases in parameter_names(pl_module).values() for name in aliases]
         check_globs("include", self.include, names)
         check_globs("exclude", self.exclude, names)
-        for index, optimizer in enumerate(trainer.optimizers):
-            if self._index(trainer, optimizer) is not None:
+        for optimizer in trainer.optimizers:
+            index = self._index(trainer, optimizer)
+            if index is not None:
                 self._target(index, optimizer)
-                check_optimizer(optimizer, self.rule)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -146,48 +174,69 @@ class GradientClipCallback(Callback):
             return
         unfold_(optimizer)
         assignment = self._target(index, optimizer).assignment(pl_module)
+        evaluations = self._evaluations.get(index)
+        if evaluations is not None and evaluations.skipping:
+            remove_gradients_(assignment.params)
         device = next((p.grad.device for p in assignment.params if p.grad is not None), None)
         if device is None:  # e.g. training_step returned None: there is no step to count
             return
-        scaler = _scaler(trainer)
-        fold = self._folds(trainer, pl_module, optimizer, assignment)
-        loss_scale = 1.0
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            if fold and self.skip_above is None:
-                loss_scale = scaler.get_scale()
-            else:
-                scaler.unscale_(optimizer)
-        progress = self._progress.get(index, Progress())
-        record = clip_assigned_(
-            self._active(trainer, assignment),
-            progress.state,
-            on_nonfinite=self.on_nonfinite if scaler is None else "leave",
-            skip_above=self.skip_above,
-            measure=self.log_mode is not False,
-            defer=fold,
-            loss_scale=loss_scale,
-        )
+        if evaluations is not None:
+            evaluations.begin()
+        record = self._clip(trainer, pl_module, index, optimizer, assignment)
         if record.deferred is not None and record.deferred < 1.0:
             fold_(optimizer, record.deferred, device)
             if index not in self._handles:
                 self._handles[index] = unfold_after_step(optimizer)
+        if evaluations is not None:
+            evaluations.skipping = record.skipped
         self.record = record
-        self._progress[index] = progress.after(record, trainer.global_step)
-        self._check_streak(self._progress[index])
+        self._progress[index] = self._progress[index].after(record, trainer.global_step)
+        self._check_streak(self._progress[index], scaler_of(trainer))
         self._log(trainer, pl_module, index, record)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so where training ran and steps were taken that the callback never saw."""
+        chosen = range(len(trainer.optimizers)) if self.optimizers is None else self.optimizers
+        warn_of_unseen_steps(trainer, [i for i in chosen if i not in self._resume.seen])
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the optimizers as they were: no teardown follows."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the optimizers as they were."""
         for optimizer in trainer.optimizers:
             unfold_(optimizer)
-        for targets in self._targets.values():
-            targets.give_back()
         self._forget_optimizers()
+        self._resume.end(pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the rules of parameter groups out of the file, whoever asked for it and when."""
+        for optimizer in trainer.optimizers:
+            keep_rules_out_of_states(optimizer)
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [
+                without_rules(state) for state in checkpoint["optimizer_states"]
+            ]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take over the state of a callback for the same parameters whose rule was another."""
+        saved = checkpoint.get("callbacks", {})
+        claimed = {callback.state_key for callback in callbacks_of(trainer)}
+        alike = [k for k in saved if same_targets(k, self.state_key) and k not in claimed]
+        if self.state_key not in saved and alike:
+            self.load_state_dict(saved[alike[0]])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on bit for bit: counts and rule states of each optimizer."""
         return {
-            "rule": _kind(self.rule),
+            "rule": kind_of(self.rule),
             "optimizers": {i: p.state_dict() for i, p in self._progress.items()},
         }
 
@@ -196,26 +245,67 @@ class GradientClipCallback(Callback):
         progress = {
             int(i): Progress.from_state_dict(saved) for i, saved in state_dict["optimizers"].items()
         }
-        kind = _public(state_dict["rule"])
-        if kind != _kind(self.rule) and any(p.state for p in progress.values()):
+        kind = public_kind(state_dict["rule"])
+        if kind != kind_of(self.rule) and any(p.state for p in progress.values()):
             rank_zero_warn(
                 f"the checkpoint was written with the rule {kind}, this run clips with "
-                f"{_kind(self.rule)}: counts go on, the state of the rule starts anew"
+                f"{kind_of(self.rule)}: counts go on, the state of the rule starts anew"
             )
-            progress = {i: replace(p, state={}) for i, p in progress.items()}
+            progress = {i: replace(p, state=states_of_groups(p.state)) for i, p in progress.items()}
         self._progress = progress
+        self._resume.loaded = True
+
+    def _clip(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        index: int,
+        optimizer: Optimizer,
+        assignment: Assignment,
+    ) -> ClipRecord:
+        scaler = scaler_of(trainer)
+        fold = self._folds(trainer, pl_module, optimizer, assignment)
+        folds_scaled = fold and self.skip_above is None
+        factor = 1.0
+        if scaler is not None:
+            factor = self._unscaling.factor(scaler, optimizer, folds_scaled)
+        progress = self._progress.get(index, Progress())
+        if index not in self._resume.seen:
+            self._resume.seen.add(index)
+            progress = progress.fitting(assignment, rank_zero_warn)
+        self._progress[index] = progress
+        divides = factor != 1.0 and not folds_scaled
+        with divided(assignment.params, factor) if divides else nullcontext():
+            record = clip_assigned_(
+                self._active(trainer, assignment),
+                progress.state,
+                on_nonfinite=self.on_nonfinite if scaler is None else "leave",
+                skip_above=self.skip_above,
+                measure=self.log_mode is not False,
+                defer=fold and not divides,
+                loss_scale=1.0 if divides else factor,
+            )
+        # Under a scaler what is not finite makes the scaler leave out the step.
+        return replace(record, skipped=True) if scaler and record.nonfinite else record
 
     def _index(self, trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
-        """Return the index of an optimizer that this callback clips."""
-        for index, known in enumerate(trainer.optimizers):
-            if known is optimizer and (self.optimizers is None or index in self.optimizers):
-                return index
-        return None
+        """Return the index of an optimizer that this callback clips; one exchanged behind the Trainer's back counts."""
+        known = trainer.optimizers
+        index = next((i for i, each in enumerate(known) if each is optimizer), None)
+        if index is None and (len(known) == 1 or self.optimizers is None):
+            index = 0 if len(known) == 1 else len(known)
+        return index if self.optimizers is None or index in self.optimizers else None
 
     def _target(self, index: int, optimizer: Optimizer) -> Targets:
-        if index not in self._targets:
-            self._targets[index] = Targets(optimizer, self.rule, self.include, self.exclude)
-        return self._targets[index]
+        target = self._targets.get(index)
+        if target is None or target.optimizer is not optimizer:
+            self._forget(index)
+            check_optimizer(optimizer, self.rule)
+            target = Targets(optimizer, self.rule, self.include, self.exclude)
+            self._targets[index] = target
+            if self.on_nonfinite == "skip" or self.skip_above is not None:
+                self._evaluations[index] = Evaluations.of(optimizer)
+        return target
 
     def _active(self, trainer: pl.Trainer, assignment: Assignment) -> Assignment:
         """Return the assignment, or one that clips nothing outside [start_step, stop_step)."""
@@ -239,52 +329,56 @@ class GradientClipCallback(Callback):
             and can_fold(optimizer)
             and not any(is_overridden(hook, pl_module) for hook in _LATER_HOOKS)
             and not any(
-                is_overridden(_LATER_HOOKS[0], cb, Callback)
-                for cb in _callbacks_after(trainer, self)
+                is_overridden(_LATER_HOOKS[0], cb) for cb in _callbacks_after(trainer, self)
             )
         )
 
-    def _check_streak(self, progress: Progress) -> None:
-        limit = self.max_consecutive_skips
-        if limit is not None and len(progress.streak) > limit:
-            history = "\n  ".join(map(str, progress.streak))
+    def _check_streak(self, progress: Progress, scaler: torch.amp.GradScaler | None) -> None:
+        limit, streak = self.max_consecutive_skips, progress.streak
+        if scaler is not None and streak:
+            # One overflow is how a scaler finds its scale; at a scale of 1 or less it is not the scale.
+            hopeless = self.on_nonfinite == "raise" and scaler.get_scale() <= 1.0
+            limit = 0 if hopeless else None if limit is None else max(limit, 1)
+        if limit is not None and len(streak) > limit:
+            history = "\n  ".join(map(str, streak))
             raise RunError(
-                f"{len(progress.streak)} steps in a row were skipped, max_consecutive_skips={limit} allows {limit}: "
-                "lower the learning rate, look for the cause with torch.autograd.set_detect_anomaly(True), "
+                f"{len(streak)} steps in a row were skipped, max_consecutive_skips={self.max_consecutive_skips} allows "
+                f"{limit}: lower the learning rate, look for the cause with torch.autograd.set_detect_anomaly(True), "
                 f"or raise the limit.\n  {history}"
             )
 
+    def _forget(self, index: int) -> None:
+        """Leave the optimizer that had this index."""
+        if index in self._handles:
+            self._handles.pop(index).remove()
+        evaluations = self._evaluations.pop(index, None)
+        if evaluations is not None:
+            evaluations.remove()
+        self._targets.pop(index, None)
+
     def _forget_optimizers(self) -> None:
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles, self._targets = {}, {}
+        for index in list(self._targets):
+            self._forget(index)
 
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, record: ClipRecord
     ) -> None:
         if self.log_mode is False or not logs_now(trainer):
             return
-        suffix = f"/optimizer_{index}" if len(trainer.optimizers) > 1 else ""
-        found = figures(record, self._progress[index], suffix, self.log_mode)
+        suffix = own_name(self, callbacks_of(trainer))
+        suffix += f"/optimizer_{index}" if len(trainer.optimizers) > 1 else ""
+        groups = group_names(self._targets[index].optimizer.param_groups)
+        found = figures(record, self._progress[index], suffix, self.log_mode, groups)
         pl_module.log_dict(found, on_step=True, on_epoch=False)
 
 
 _LATER_HOOKS = ("on_before_optimizer_step", "configure_gradient_clipping")
 
 
-def _kind(rule: Rule) -> str:
-    return _public(f"{type(rule).__module__}.{type(rule).__qualname__}")
-
-
-def _public(kind: str) -> str:
-    """Return the path of a rule's class; that of this package's rules without the file that they stand in."""
-    return re.sub(r"^clipquant\.clip\..*\.", "clipquant.clip.", kind)
-
-
-def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
-    """Return the gradient scaler in use, if any."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
+def callbacks_of(trainer: pl.Trainer) -> list[GradientClipCallback]:
+    """Return all callbacks of this kind in a Trainer."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, GradientClipCallback)]
 
 
 def _callbacks_after(trainer: pl.Trainer, callback: Callback) -> list[Callback]:

@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import replace
+import logging
+import tempfile
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from clipquant.artifact import read_metadata
 from clipquant.budget import BudgetError
-from clipquant.callbacks.auto import choose_bits
-from clipquant.callbacks.calibration import step_forward
-from clipquant.callbacks.checkpoint import load_best, monitored
-from clipquant.callbacks.data import calibration_batches as take_batches
-from clipquant.callbacks.data import validation_data
-from clipquant.callbacks.evaluate import judge
-from clipquant.callbacks.export import check_formats, check_installed, export_files
-from clipquant.callbacks.guest import stand_in
-from clipquant.callbacks.latency import measure_latency
-from clipquant.callbacks.loggers import log_report
+from clipquant.callbacks.checkpoint import check_best
+from clipquant.callbacks.delivery import Parcel, hand_over, register, send_back
+from clipquant.callbacks.export import check_formats, check_installed
+from clipquant.callbacks.failures import Failure, QuantizationError
+from clipquant.callbacks.fit_end import FitEnd, Outcome
+from clipquant.callbacks.lightning import Callback
 from clipquant.callbacks.quantize_checks import (
     check_budgets,
     check_calibration,
     check_choice,
+    check_others,
     check_writable,
     refuse_shards,
 )
+from clipquant.callbacks.rehearsal import is_built, rehearse
+from clipquant.callbacks.road.ranks import from_first, leaving, several
+from clipquant.callbacks.settings import Settings
+from clipquant.errors import ArgumentError
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
-from clipquant.model.auto import AutoBits, check_auto, check_smallest
+from clipquant.model.auto import check_auto, check_smallest
 from clipquant.model.entry import quantize_by
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.methods import Method
 from clipquant.quant.network.calibration import Calibration
-from clipquant.quant.network.twin import twin_of
 from clipquant.quant.recipe import Recipe
-from clipquant.report.files import write_report
-from clipquant.report.progress import progress_bar
 from clipquant.report.record import QuantizationReport
-from clipquant.report.table import print_summary
 
-FILE = "model.safetensors"
+_log = logging.getLogger("clipquant")
 
 
-class QuantizeOnFitEnd(pl.Callback):
+def quantize(
+    recipe: Recipe, module: pl.LightningModule, calibration: Calibration | None
+) -> QuantizedModel:
+    """Return a module quantized by a recipe; every way down the ladder goes through here."""
+    return quantize_by(recipe, module, calibration)
+
+
+class QuantizeOnFitEnd(Callback):
     """Quantizes the module's weights when a fit ends, judges them, and writes a small file.
 
     After the fit the module keeps its class, keys and dtypes and holds the dequantized weights, so
@@ -57,7 +60,8 @@ class QuantizeOnFitEnd(pl.Callback):
         bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
         levels: Number of steps of the grid, instead of `2**bits - 1`.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
-        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
+        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel. None: a
+            channel where that holds, else groups of 128, 64 or 32 weights, whichever pay for their scales.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range; "gptq",
             codes that keep the layers' outputs on train batches; "adaround", codes learned until the
             network's outputs are kept; "auto", the best of the quick ones for the width; or an object
@@ -99,7 +103,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         *,
         levels: int | None = None,
         symmetric: bool | None = None,
-        granularity: Literal["tensor", "channel"] | int = "channel",
+        granularity: Literal["tensor", "channel"] | int | None = None,
         method: str | Method = "auto",
         calibration_batches: int = 16,
         max_drop: float | None = None,
@@ -115,64 +119,91 @@ bits='auto' with max_drop or max_size to have it chosen.
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
         chosen = MAX_BITS if bits == "auto" else bits
-        self.recipe = Recipe(
-            chosen, levels, symmetric, granularity, method, include, exclude, overrides
-        )
+        recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
         check_choice("weights", weights, ("last", "best"))
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
         check_budgets(bits, max_drop, max_size)
         check_calibration(calibration_batches, method)
-        self.export = check_formats(export, calibration_batches)
-        self.calibration_batches, self.max_drop = calibration_batches, max_drop
-        self.max_size, self.on_fail = max_size, on_fail
-        self.auto = bits == "auto"
         if bits == "auto":
-            check_auto(max_drop, max_size, self.recipe)
-        self.monitor, self.mode = monitor, mode
-        self.weights = weights
+            check_auto(max_drop, max_size, recipe)
+        self.settings = Settings(
+            recipe,
+            bits == "auto",
+            calibration_batches,
+            max_drop,
+            max_size,
+            monitor,
+            mode,
+            weights,
+            check_formats(export, calibration_batches),
+        )
+        self.on_fail = on_fail
         self.dirpath = dirpath
         self.report: QuantizationReport | None = None
         self.artifact_path: Path | None = None
+        self._folder: Path | None = None
+        self._floats: dict[str, Any] | None = None
+        self._rehearsed = True
+        self._ended = False
+        self._token = register(self)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, before any training, what could only fail after it."""
         if stage != "fit":
             return
-        check_installed(self.export)
+        self.report = self.artifact_path = self._floats = None
+        self._ended = False
+        self._rehearsed = trainer.num_sanity_val_steps == 0  # a dry run among them
+        check_others(self, _quantizers(trainer))
+        check_installed(self.settings.export)
         refuse_shards(trainer)
-        if self.weights == "best" and not trainer.checkpoint_callbacks:
-            raise ValueError(
-                "weights='best' needs a ModelCheckpoint callback, and the Trainer has none. "
-                "Add one, or use weights='last'."
-            )
+        if self.settings.weights == "best":
+            check_best(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out before training that there is something to quantize and a place for it."""
-        self.recipe.specs(self.recipe.select(pl_module).targets)
-        if trainer.is_global_zero:
-            check_writable(self._folder(trainer))
-        if self.auto:
-            check_smallest(pl_module, self._goal(*monitored(trainer, self.monitor, self.mode)))
-        if self.auto and self.max_drop is not None and validation_data(trainer, pl_module) is None:
-            raise ValueError(
+        self._folder = self._folder_of(trainer)
+        error: Exception | None = None
+        try:
+            if is_built(pl_module):
+                self.settings.recipe.specs(self.settings.recipe.select(pl_module).targets)
+                if self.settings.auto:
+                    check_smallest(pl_module, self.settings.goal(trainer))
+            if trainer.is_global_zero:
+                check_writable(self._folder)
+        except Exception as found:  # told by every process, or one would train on alone
+            error = found
+        error = from_first(error)
+        if error is not None:
+            raise error
+        if self.settings.max_drop is not None and not trainer.enable_validation:
+            raise ArgumentError(
                 "max_drop is judged on validation data, and the Trainer has none. Give it a "
                 "val_dataloader and a validation_step, or ask for max_size alone."
             )
 
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out before training that the metric that shall judge is logged at all."""
-        monitor, _ = monitored(trainer, self.monitor, self.mode)
-        if self.auto and self.max_drop is not None and monitor not in trainer.callback_metrics:
-            raise ValueError(
-                f"max_drop watches {monitor!r}, which validation does not log; logged are "
-                f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}. Set monitor to one of them."
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Rehearse before the first step, where the Trainer's sanity check is not turned off."""
+        if self._rehearsed:
+            return
+        self._rehearsed = True
+        with leaving():
+            failures = from_first(rehearse(self.settings, trainer, pl_module, batch))
+        for failure in failures:
+            if failure.fatal:
+                raise ArgumentError(f"{failure.step}: {failure.error}. {failure.remedy}")
+        if failures and self.on_fail == "raise":
+            raise QuantizationError(
+                f"before training: {'; '.join(map(str, failures))} on_fail='warn' would go on."
             )
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if self.report is None and trainer.fit_loop.epoch_loop.global_step > 0:
+        if not self._ended and trainer.fit_loop.epoch_loop.global_step > 0:
             rank_zero_warn(
                 f"The fit was stopped by {type(exception).__name__}, so nothing was quantized; the "
                 "module holds its float weights. Resume the fit from a checkpoint, or call "
@@ -181,101 +212,94 @@ bits='auto' with max_drop or max_size to have it chosen.
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize, judge, write, and only then load the dequantized weights into the module."""
+        self._ended = True
         if trainer.global_step == 0:
             rank_zero_warn(
                 "No optimizer step was taken: QuantizeOnFitEnd quantizes weights as given."
             )
-        state = {}
-        if trainer.is_global_zero:
-            state = self._quantize(trainer, pl_module).state_dict()
-        pl_module.load_state_dict(trainer.strategy.broadcast(state), strict=False)
+        self._take_floats_(trainer, pl_module)
+        with leaving():
+            outcome = self._outcome(trainer, pl_module)
+            waited = time.monotonic()
+            outcome = from_first(outcome)
+            _tell_rank(trainer, outcome, time.monotonic() - waited)
+        self.report, self.artifact_path = outcome.report, outcome.path
+        if outcome.state:
+            pl_module.load_state_dict(dict(outcome.state), strict=False)
+        found = {"report": self.report, "artifact_path": self.artifact_path}
+        parcel = Parcel(self._token, found)
+        hand_over(self, parcel)
+        send_back(trainer, parcel)
+        self._say_(outcome)
 
-    def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> QuantizedModel:
-        with stand_in(pl_module) as module:
-            return self._quantize_copy(trainer, module)
+    @property
+    def used(self) -> bool:
+        """Whether it has seen a fit begin."""
+        return self._folder is not None
 
-    def _quantize_copy(self, trainer: pl.Trainer, module: pl.LightningModule) -> QuantizedModel:
-        if self.weights == "best":
-            load_best(trainer, module)
-        monitor, mode = monitored(trainer, self.monitor, self.mode)
-        before = judge(trainer, module)
-        if self.auto:
-            quantized = self._quantize_auto(trainer, module, before, (monitor, mode))
-        else:
-            quantized = self._quantize_plain(trainer, module)
-            after = judge(trainer, module, quantized.state_dict())
-            quantized = quantized.reported(
-                float_metrics=before,
-                quantized_metrics=after,
-                monitor=monitor,
-                mode=mode,
+    def _outcome(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
+        """Return what came of the fit's end; an Outcome that says why where nothing did."""
+        folder = self._folder or self._folder_of(trainer)
+        work = FitEnd(self.settings, trainer, folder, lambda *asked: quantize(*asked))
+        try:
+            return work.run(pl_module)
+        except Exception as error:  # nothing leaves the end of a fit unless it is asked to
+            failure = Failure(
+                "quantizing",
+                f"{type(error).__name__}: {error}",
+                "the module keeps its float weights",
+                f"Later: {self.settings.line()}",
             )
-        quantized = quantized.reported(seed=_seed())
-        path = quantized.save(self._folder(trainer) / FILE)
-        self.artifact_path = path
-        self.report = replace(
-            quantized.report,
-            path=str(path),
-            sha256=read_metadata(path)["sha256"],
-            latency=measure_latency(trainer, module, quantized.state_dict()),
-        )
-        records = export_files(
-            trainer,
-            module,
-            replace(quantized, report=self.report),
-            self.export,
-            path.parent,
-            calibration_batches=self.calibration_batches,
-            max_drop=self.max_drop,
-        )
-        exports = tuple(record.to_dict() for record in records)
-        self.report = replace(self.report, exports=exports)
-        write_report(self.report, path.parent)
-        log_report(self.report, trainer.loggers, trainer.global_step)
-        print_summary(self.report)
-        return replace(quantized, report=self.report)
+            work.failures.add_(failure)
+            return Outcome(failures=tuple(work.failures.items))
 
-    def _calibration(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[Any] | None:
-        """Return train batches where a weight's method or a BatchNorm asks for them; else None."""
-        if self.calibration_batches == 0 or not self.recipe.reads_data(module):
-            return None
-        return take_batches(trainer, self.calibration_batches)
+    def _say_(self, outcome: Outcome) -> None:
+        """Tell a missed budget, and raise where failures shall."""
+        if outcome.budget and self.on_fail == "raise":
+            raise BudgetError(f"{outcome.budget}. What comes nearest is in {outcome.path}.")
+        if outcome.budget:
+            rank_zero_warn(f"Budget missed: {outcome.budget}.")
+        if outcome.failures and self.on_fail == "raise":
+            said = "; ".join(map(str, outcome.failures))
+            raise QuantizationError(f"{said} What could be done is in {outcome.path}.")
 
-    def _quantize_plain(self, trainer: pl.Trainer, module: pl.LightningModule) -> QuantizedModel:
-        data = self._calibration(trainer, module)
-        if data is None:
-            return quantize_by(self.recipe, module)
-        with progress_bar(trainer.progress_bar_callback is not None) as tell:
-            calibration = Calibration(data, step_forward(trainer, module), tell)
-            quantized = quantize_by(self.recipe, twin_of(module), calibration)
-        said = f"{len(data)} batches of the train dataloader"
-        return quantized.reported(calibration=said)
+    def _take_floats_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let each of several callbacks of this kind start from the weights that were trained."""
+        quantizers = _quantizers(trainer)
+        if len(quantizers) == 1:
+            return
+        first = quantizers[0]
+        if first is self:
+            self._floats = {k: v.clone() for k, v in pl_module.state_dict().items()}
+        elif first._floats is not None:
+            pl_module.load_state_dict(first._floats, strict=False)
+        if quantizers[-1] is self:
+            first._floats = None
 
-    def _quantize_auto(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        before: Mapping[str, float],
-        judged_by: tuple[str, str],
-    ) -> QuantizedModel:
-        goal = self._goal(*judged_by)
-        found = choose_bits(trainer, module, goal, self.calibration_batches, before)
-        budget = found.report.budget
-        if budget is not None and budget.failure:
-            if self.on_fail == "raise":
-                raise BudgetError(f"{budget.failure}. Nothing was written; on_fail='warn' would.")
-            rank_zero_warn(f"Budget missed: {budget.failure}.")
-        return found
-
-    def _goal(self, monitor: str, mode: str) -> AutoBits:
-        return AutoBits(self.max_drop, self.max_size, monitor, mode, self.recipe)
-
-    def _folder(self, trainer: pl.Trainer) -> Path:
+    def _folder_of(self, trainer: pl.Trainer) -> Path:
+        """Return where files go. Every process must ask: the log directory is told by the first."""
+        base = trainer.log_dir or trainer.default_root_dir
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # A dry run goes the whole way, and must not write where a real one has.
+            return Path(from_first(tempfile.mkdtemp(prefix="clipquant-fast-dev-run-")))
         if self.dirpath is not None:
             return Path(self.dirpath)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "quantized"
+        unnamed = [other for other in _quantizers(trainer) if other.dirpath is None]
+        number = unnamed.index(self)
+        return Path(base) / (f"quantized-{number + 1}" if number else "quantized")
 
 
-def _seed() -> int | None:
-    seed = os.environ.get("PL_GLOBAL_SEED")
-    return int(seed) if seed else None
+def _quantizers(trainer: pl.Trainer) -> list[QuantizeOnFitEnd]:
+    return [c for c in trainer.callbacks if isinstance(c, QuantizeOnFitEnd)]  # type: ignore[attr-defined]
+
+
+def _tell_rank(trainer: pl.Trainer, outcome: Outcome, seconds: float) -> None:
+    """Let every one of several processes say what failed: each may write to a log of its own."""
+    if several() and outcome.failures:
+        _log.warning(
+            "rank %d of %d: %s It waited %.0f s for the others.",
+            trainer.global_rank,
+            trainer.world_size,
+            "; ".join(map(str, outcome.failures)),
+            seconds,
+        )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from clipquant.callbacks.lightning import package_of
 from clipquant.errors import ArgumentError
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.recipe import data_free
@@ -79,9 +80,31 @@ to 1 or more, or choose \
 
 def refuse_shards(trainer: pl.Trainer) -> None:
     """Refuse strategies after which no process holds whole weights."""
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+    own = package_of(trainer).strategies
+    kinds = (own.FSDPStrategy, own.ModelParallelStrategy, own.DeepSpeedStrategy)
+    if isinstance(trainer.strategy, kinds):
         raise ArgumentError(
             "QuantizeOnFitEnd needs whole weights at fit end; "
             f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
             "device, or call clipquant.quantize() on the consolidated checkpoint."
+        )
+
+
+def check_others(callback: Any, others: list[Any]) -> None:
+    """Raise where a callback is listed twice, or two would write to one folder.
+
+    Args:
+        callback: This one.
+        others: Every one of its kind in the Trainer, itself included.
+    """
+    if sum(other is callback for other in others) > 1:
+        raise ArgumentError(
+            "a QuantizeOnFitEnd must be listed once; this one stands in the Trainer's callbacks "
+            f"{sum(other is callback for other in others)} times. Leave one, or make two with a dirpath each."
+        )
+    folders = [Path(other.dirpath).resolve() for other in others if other.dirpath is not None]
+    if callback.dirpath is not None and folders.count(Path(callback.dirpath).resolve()) > 1:
+        raise ArgumentError(
+            f"each QuantizeOnFitEnd needs a folder of its own; {str(callback.dirpath)!r} is the dirpath of "
+            f"{folders.count(Path(callback.dirpath).resolve())}. Give each another dirpath, or none."
         )

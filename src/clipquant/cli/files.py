@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipquant.cli.command import Command, CommandError, add_file
+from clipquant.files import write_whole
+from clipquant.shown import shown
 
 if TYPE_CHECKING:
     from clipquant.artifact import Artifact
@@ -28,14 +30,14 @@ def inspect_file(path: str | Path) -> int:
     Raises:
         ArtifactError: where the file is missing, damaged, or no such file.
     """
-    from clipquant.artifact import read_artifact
+    from clipquant.artifact import read_outline
     from clipquant.report.table import print_table
 
-    artifact = read_artifact(path)
+    artifact = read_outline(path)
     print_table(Path(path).name, ("name", "shape", "bits", "bytes"), list(_tensor_rows(artifact)))
     print(
         f"{Path(path).stat().st_size:,} bytes in all, format_version "
-        f"{artifact.metadata['format_version']}, {_name_versions(artifact)}"
+        f"{artifact.metadata.format_version}, {shown(_name_versions(artifact))}"
     )
     return 0
 
@@ -52,18 +54,17 @@ def verify_file(path: str | Path) -> int:
     Raises:
         CommandError: where there is no such file.
     """
-    from clipquant.artifact import ArtifactError, read_artifact, verify_artifact
+    from clipquant.artifact import ArtifactError, read_outline
 
     if not Path(path).is_file():
         raise CommandError(f"{path} is no file: pass the path of a quantized .safetensors file.")
-    if not verify_artifact(path):
-        print(f"{path}: ok")
-        return 0
     try:
-        read_artifact(path)
+        read_outline(path)
     except ArtifactError as damage:
         print(damage)
-    return 1
+        return 1
+    print(f"{shown(path)}: ok")
+    return 0
 
 
 def report_file(path: str | Path, html: str | Path | None, show: bool = False) -> int:
@@ -91,8 +92,8 @@ def report_file(path: str | Path, html: str | Path | None, show: bool = False) -
     page = (
         Path(tempfile.mkdtemp(prefix="clipquant-"), "report.html") if html is None else Path(html)
     )
-    page.write_text(render_page(report), "utf-8")
-    print(f"Report: {page}")
+    write_whole(page, render_page(report).encode("utf-8"))
+    print(f"Report: {shown(page)}")
     if show and not webbrowser.open(page.resolve().as_uri()):
         raise CommandError(
             f"no browser could be opened: open {page} yourself, or set BROWSER to the command of one."
@@ -110,10 +111,10 @@ def compare_files(one: str | Path, other: str | Path) -> int:
 
 
 def _read_report(path: str | Path) -> QuantizationReport:
-    from clipquant.artifact import read_artifact
+    from clipquant.artifact import read_outline
     from clipquant.report.stored import report_of
 
-    artifact = read_artifact(path)
+    artifact = read_outline(path)
     return report_of(artifact.weights, artifact.metadata, Path(path).stat().st_size, str(path))
 
 
@@ -136,7 +137,7 @@ def _show_shape(shape: Sequence[int]) -> str:
 
 
 def _name_versions(artifact: Artifact) -> str:
-    versions: dict[str, str] = artifact.metadata["versions"]
+    versions: dict[str, str] = dict(artifact.metadata.versions)
     return "written by " + ", ".join(f"{name} {version}" for name, version in versions.items())
 
 

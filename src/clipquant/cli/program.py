@@ -13,6 +13,7 @@ from clipquant.cli.files import COMPARE, INSPECT, REPORT, VERIFY
 from clipquant.cli.formats import BENCH, EXPORT
 from clipquant.cli.trainer import TRAINER_COMMANDS, run_trainer
 from clipquant.errors import ClipquantError
+from clipquant.shown import shown_lines
 
 COMMANDS: dict[str, Command] = {
     "bench": BENCH,
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = _find_told(error)
         if show_traceback or told is None:
             raise
-        print(f"clipquant: error: {told}", file=sys.stderr)
+        print(f"clipquant: error: {shown_lines(told)}", file=sys.stderr)
         return 1
 
 

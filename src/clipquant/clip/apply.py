@@ -13,7 +13,7 @@ from clipquant.clip.assign import Assignment, Params, Part, assign
 from clipquant.clip.finite import OnNonfinite, check_policy, nonfinite_members, zero_nonfinite_
 from clipquant.clip.gradients import Gradients, writable
 from clipquant.clip.norms import combine_norms
-from clipquant.clip.plan import plan_of
+from clipquant.clip.plan import Plan, plan_of
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule, State
 from clipquant.clip.scale import Scale
@@ -31,8 +31,9 @@ def clip_gradients_(
     """Clip the gradients of `params` in place; gradients that the rule leaves alone stay bit for bit.
 
     Args:
-        params: A tensor, tensors, (name, tensor) pairs, or the `param_groups` of an optimizer, where a group's key
-            "clip" holds a rule of its own. Parameters without a gradient are left alone, tied ones count once.
+        params: A tensor, tensors, (name, tensor) pairs, a dict of tensors by name, a module, an optimizer or its
+            `param_groups`, where a group's key "clip" holds a rule of its own. Parameters without a gradient are left
+            alone, tied ones count once.
         rule: What clips; a number c means `Value(c)`.
         state: The state that the previous call's record carries; None before the first.
         on_nonfinite: What NaN or infinite gradients lead to: "skip" sets every gradient to None, "zero" zeroes the
@@ -94,7 +95,8 @@ def clip_assigned_(
     job = _Job(assignment, present, _collect_(assignment, present, loss_scale), dict(state or {}))
     whole = assignment.whole
     streams = skip_above is None and on_nonfinite in ("skip", "leave", "propagate")
-    if streams and whole is not None and getattr(whole.rule, "local", False):
+    single = len(assignment.parts) == 1
+    if streams and single and whole is not None and getattr(whole.rule, "local", False):
         record = _clip_local_(job, whole, on_nonfinite != "propagate", measure)
         skip = on_nonfinite == "skip" and bool(record.nonfinite)
         return _without_gradients_(record, assignment.params) if skip else record
@@ -119,6 +121,9 @@ def remove_gradients_(params: Iterable[Tensor]) -> None:
     """Set every gradient to None, which every optimizer of torch takes as: leave parameter and state as they are."""
     for param in params:
         param.grad = None
+
+
+_SMALLEST = 1e-30  # the inverse of a coefficient must be a float32
 
 
 @dataclass(frozen=True)
@@ -196,31 +201,43 @@ def _clip_local_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecor
 
 def _clip_parts_(job: _Job, record: ClipRecord, measure: bool, defer: bool) -> ClipRecord:
     """Clip by each part's rule, all of whose plan is made before anything of the part is written."""
-    before = job.grads.norms(job.order) if measure else None
+    everything = job.grads
+    before = everything.norms(job.order) if measure else None
     after = None if before is None else before.clone()
+    seen: set[int] = set()  # gradients that an earlier part has changed
     index = {position: i for i, position in enumerate(job.present)}
     state, share = job.state, None
     for part in job.assignment.parts:
         members = [index[position] for position in part.members if position in index]
         if not members:
             continue
-        grads = job.grads if len(members) == len(job.grads) else job.grads.select(members)
+        grads = everything if len(members) == len(everything) else everything.select(members)
+        if not seen.isdisjoint(members):
+            grads = grads.unmeasured()
         params = job.params(members)
         decision, own = part.rule.plan(grads, params, part.state(state))
         plan = plan_of(part.rule, decision)
         state = {**state, **part.prefixed(own)}
-        if defer and isinstance(plan, Scale) and part is job.assignment.whole:
-            record = replace(record, deferred=float(plan.coefficient))
-            clipped = record.deferred != 1.0
+        deferred = _deferrable(plan) if defer and part is job.assignment.whole else None
+        if deferred is not None:
+            record = replace(record, deferred=deferred)
+            clipped = deferred != 1.0
         else:
             outcome = plan.write_(grads, params)
             clipped, share = outcome.clipped, outcome.nonzero_share if measure else None
+            seen |= set(members) if clipped else set()
         record = replace(record, clipped=record.clipped or clipped)
         if clipped and after is not None:
             after[members] = plan.norms_after(grads, params, job.order).to(after.dtype)
     if before is None and job.grads.measured(job.order):
         before = job.grads.norms(job.order)
     return job.record(replace(record, state=state, nonzero_share=share), before, after)
+
+
+def _deferrable(plan: Plan) -> float | None:
+    """Return a plan's coefficient for all gradients, where an optimizer can divide by its inverse."""
+    coefficient = float(plan.coefficient) if isinstance(plan, Scale) else 0.0
+    return coefficient if coefficient > _SMALLEST else None
 
 
 def _collect_(assignment: Assignment, present: Sequence[int], loss_scale: float) -> Gradients:
@@ -230,7 +247,13 @@ def _collect_(assignment: Assignment, present: Sequence[int], loss_scale: float)
         grad = assignment.params[i].grad
         if grad is None:
             continue
-        if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_complex():
+        if (
+            type(grad) is not Tensor
+            or grad.layout is not torch.strided
+            or grad.is_complex()
+            or not grad.is_contiguous()
+            or grad.is_inference()
+        ):
             assignment.params[i].grad = grad = writable(grad)
         tensors.append(grad)
     groups = assignment.groups

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from clipquant.clip.checks import is_number
 from clipquant.clip.rule import METHODS, Rule, State
-from clipquant.clip.rules import Value
+from clipquant.clip.rules import Chain, Value
 from clipquant.errors import ArgumentTypeError
 
 OVERRIDE = "clip"  # key of a parameter group that holds a rule of its own, a number for Value, or None for no clipping
 
-Params = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
+_GROUPS_KEY = re.compile(r"group\d+\.")  # what the keys of a group's own state begin with
+
+Params = (
+    Tensor
+    | Iterable[Tensor]
+    | Iterable[tuple[str, Tensor]]
+    | Iterable[Mapping[str, Any]]
+    | Mapping[str, Any]
+    | nn.Module
+    | Optimizer
+)
 
 
 @dataclass(frozen=True)
@@ -33,12 +47,15 @@ class Part:
 
     def state(self, states: State) -> State:
         """Return this part's state out of all states; the rule's initial one where there is none."""
-        own = {
+        return self.found(states) or self.rule.init()
+
+    def found(self, states: State) -> State:
+        """Return this part's state out of all states; empty where there is none."""
+        return {
             key.removeprefix(self.prefix): value
             for key, value in states.items()
-            if key.startswith(self.prefix)
+            if key.startswith(self.prefix) and (self.prefix or not _GROUPS_KEY.match(key))
         }
-        return own or self.rule.init()
 
     def prefixed(self, state: State) -> State:
         """Return `state` under this part's keys."""
@@ -53,7 +70,8 @@ class Assignment:
         params: The parameters; a tied one appears once.
         names: Their names, or their positions as text.
         groups: Index of the parameter group of each.
-        parts: Disjoint parts; a parameter in none is not clipped.
+        parts: Parts in the order in which they are clipped; those of a chain share their members, all others are
+            disjoint. A parameter in none is not clipped.
     """
 
     params: tuple[Tensor, ...]
@@ -63,14 +81,17 @@ class Assignment:
 
     @property
     def whole(self) -> Part | None:
-        """The one part that covers every parameter, if there is one."""
-        only = self.parts[0] if len(self.parts) == 1 else None
-        return only if only is not None and len(only.members) == len(self.params) else None
+        """The last part, if it and all before it cover every parameter."""
+        count = len(self.params)
+        whole = self.parts and all(len(part.members) == count for part in self.parts)
+        return self.parts[-1] if whole else None
 
     @property
     def order(self) -> float:
-        """Order of the norm that the first part's rule reads anyway, so that one pass serves it and the record."""
-        return float(getattr(self.parts[0].rule, "order", 2.0)) if self.parts else 2.0
+        """Order of the norm that a rule reads anyway, so that one pass serves it and the record."""
+        if not self.parts:
+            return 2.0
+        return float(getattr((self.whole or self.parts[0]).rule, "order", 2.0))
 
 
 def assign(
@@ -82,7 +103,8 @@ def assign(
     """Divide parameters among `rule` and the rules that parameter groups bring under the key "clip".
 
     Args:
-        params: A tensor, tensors, (name, tensor) pairs, or the `param_groups` of an optimizer.
+        params: A tensor, tensors, (name, tensor) pairs, a dict of tensors by name, the `param_groups` of an optimizer,
+            or the optimizer or the module itself.
         rule: What clips every parameter whose group says nothing else; a number c means `Value(c)`.
         names: Names by `id` of the parameter.
         chosen: Which parameters to clip at all; None for all.
@@ -91,12 +113,12 @@ def assign(
         The assignment.
 
     Raises:
-        TypeError: A rule lacks one of the three methods.
+        TypeError: A rule lacks one of the three methods, or something is no parameter.
 
     Example:
         >>> import torch
-        >>> w = torch.zeros(2)
-        >>> assign([w, w, torch.zeros(3)], 1.0).names
+        >>> w, b = (torch.zeros(2, requires_grad=True) for _ in range(2))
+        >>> assign([w, w, b], 1.0).names
         ('0', '1')
     """
     main = as_rule(rule)
@@ -112,6 +134,8 @@ def assign(
             if name is not None:
                 known.setdefault(id(param), name)
     kept = list(entries.values())
+    if kept:
+        _check_parameters([param for param, _ in kept])
     clipped = [i for i, (param, _) in enumerate(kept) if chosen is None or chosen(param)]
     groups = tuple(group for _, group in kept)
     return Assignment(
@@ -128,7 +152,7 @@ def as_rule(rule: Any) -> Rule:
     Raises:
         TypeError: `rule` is neither a number nor an object with the methods `init`, `plan` and `clip`.
     """
-    if isinstance(rule, (int, float)) and not isinstance(rule, bool):
+    if is_number(rule):
         return Value(float(rule))
     missing = [name for name in METHODS if not callable(getattr(rule, name, None))]
     if missing or isinstance(rule, type):
@@ -146,21 +170,61 @@ def as_rule(rule: Any) -> Rule:
     return checked
 
 
-def _groups(params: Params) -> list[Mapping[str, Any]]:
+def _groups(params: Params) -> Sequence[Mapping[str, Any]]:
     """Return parameters of any accepted form as parameter groups."""
+    if isinstance(params, Optimizer):
+        return params.param_groups
+    if isinstance(params, nn.Module):
+        return [{"params": list(params.named_parameters())}]
+    if isinstance(params, Mapping):
+        return [params] if "params" in params else [{"params": list(params.items())}]
     items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    if not items and isinstance(params, Iterator):
+        warnings.warn(
+            "the iterator of parameters is exhausted, so no gradient is clipped: pass a list, or the module itself",
+            stacklevel=4,
+        )
     if items and isinstance(items[0], Mapping):
         return items
     return [{"params": items}]
+
+
+def _check_parameters(tensors: Iterable[Any]) -> None:
+    """Refuse what is no tensor, and tensors none of which can have a gradient, such as the gradients themselves."""
+    kinds = [tensor for tensor in tensors if not isinstance(tensor, Tensor)]
+    if kinds:
+        raise ArgumentTypeError(
+            f"params must be tensors, (name, tensor) pairs, parameter groups, a module or an optimizer, got "
+            f"{type(kinds[0]).__name__}: give e.g. model.parameters()"
+        )
+    if not any(_has_gradient(tensor) for tensor in tensors):
+        raise ArgumentTypeError(
+            "params must be parameters, whose .grad is clipped, got tensors without a gradient that require none: "
+            "give e.g. model.parameters() instead of the gradients"
+        )
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    """Return whether a tensor has a gradient or may have one; a frozen parameter may have one later."""
+    if isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+        return True
+    return tensor.is_leaf and tensor.grad is not None
 
 
 def _parts(
     main: Rule, overrides: Mapping[int, Any], clipped: list[int], groups: tuple[int, ...]
 ) -> tuple[Part, ...]:
     rest = tuple(i for i in clipped if groups[i] not in overrides)
-    parts = [Part(main, rest)] if rest else []
+    parts = _stages(main, rest) if rest else []
     for group, override in overrides.items():
         members = tuple(i for i in clipped if groups[i] == group)
         if override is not None and members:
-            parts.append(Part(as_rule(override), members, f"group{group}."))
+            parts += _stages(as_rule(override), members, f"group{group}.")
     return tuple(parts)
+
+
+def _stages(rule: Rule, members: tuple[int, ...], prefix: str = "") -> list[Part]:
+    """Return one part, or of a chain one for each of its rules, to be carried out in this order."""
+    if not isinstance(rule, Chain):
+        return [Part(rule, members, prefix)]
+    return [Part(each, members, f"{prefix}{i}.") for i, each in enumerate(rule.rules)]

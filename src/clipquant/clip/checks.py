@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 from clipquant.errors import ArgumentError
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a real number, of Python or of numpy; a truth value is none.
+
+    Example:
+        >>> is_number(0.5), is_number(True), is_number("0.5")
+        (True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    """Return whether `value` is a whole number, of Python or of numpy; a truth value is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_number(
@@ -22,8 +38,7 @@ def check_number(
         ValueError: It is not; the message names the rule, the value and what to give instead.
     """
     bound = f">= {low:g}" if low is not None else f"> {above:g}"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and (value >= low if low is not None else value > above):
+    if is_number(value) and (value >= low if low is not None else value > above):
         return
     raise ArgumentError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
 
@@ -34,7 +49,7 @@ def check_count(rule: str, name: str, value: Any, *, low: int) -> None:
     Raises:
         ValueError: It is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if not is_count(value) or value < low:
         raise ArgumentError(f"{rule}: {name} must be a whole number >= {low}, got {value!r}")
 
 

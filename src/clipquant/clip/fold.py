@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 _DIVIDES_BY_GRAD_SCALE = (
@@ -16,6 +17,7 @@ _DIVIDES_BY_GRAD_SCALE = (
     Adam,
     AdamW,
 )  # not their subclasses, whose step may be another
+_STEPS: dict[type, Any] = {kind: kind.step for kind in _DIVIDES_BY_GRAD_SCALE}
 
 
 def can_fold(optimizer: Optimizer) -> bool:
@@ -25,7 +27,8 @@ def can_fold(optimizer: Optimizer) -> bool:
         optimizer: Any optimizer.
 
     Returns:
-        True for a fused optimizer of torch, all of whose groups are fused, over plain dense tensors.
+        True for a fused optimizer of torch, all of whose groups are fused, over plain dense tensors, whose `step` is
+        torch's own: not compiled, not wrapped, and without hooks that would see the gradients first.
 
     Example:
         >>> weight = torch.zeros(2, requires_grad=True)
@@ -36,11 +39,28 @@ def can_fold(optimizer: Optimizer) -> bool:
         optimizer, "_step_supports_amp_scaling", False
     ):
         return False
+    if not _steps_as_torch_does(optimizer):
+        return False
     groups = optimizer.param_groups
     return all(
         group.get("fused") and not any(isinstance(p, DTensor) for p in group["params"])
         for group in groups
     )
+
+
+def _steps_as_torch_does(optimizer: Optimizer) -> bool:
+    """Return whether calling `optimizer.step` runs torch's code and nothing before it."""
+    own: Any = type(optimizer).step
+    known = _STEPS[type(optimizer)]
+    if own is not known and not (
+        getattr(own, "hooked", False) and getattr(own, "__wrapped__", None) is known
+    ):
+        return False
+    step = vars(optimizer).get("step")
+    by_scheduler = getattr(step, "_wrapped_by_lr_sched", False)  # counts the step, then runs it
+    if step is not None and not (by_scheduler and step.__wrapped__ is own):
+        return False
+    return not optimizer._optimizer_step_pre_hooks and not _global_optimizer_pre_hooks
 
 
 def fold_(optimizer: Optimizer, coefficient: float, device: torch.device) -> None:

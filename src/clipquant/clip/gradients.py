@@ -94,8 +94,9 @@ class Gradients(Sequence[Tensor]):
 def writable(grad: Tensor) -> Tensor:
     """Return `grad`, or an equal gradient whose stored values can be clipped in place.
 
-    Duplicate entries of a sparse gradient are summed, lazily conjugated values are written out, and the partial sums
-    of a distributed gradient are added up.
+    Duplicate entries of a sparse gradient are summed, lazily conjugated values are written out, the partial sums of a
+    distributed gradient are added up, and one whose elements share memory (an expanded one) or that was made in
+    inference mode is copied.
 
     Args:
         grad: A gradient of any kind.
@@ -105,8 +106,23 @@ def writable(grad: Tensor) -> Tensor:
     """
     if grad.layout is torch.sparse_coo:
         return grad.coalesce()
+    if not isinstance(grad, DTensor) and (grad.is_inference() or overlaps(grad)):
+        return grad.clone(memory_format=torch.contiguous_format)
     if isinstance(grad, DTensor) and any(isinstance(p, Partial) for p in grad.placements):
         return grad.redistribute(
             placements=[Replicate() if isinstance(p, Partial) else p for p in grad.placements]
         )
     return grad.resolve_conj() if grad.is_complex() else grad
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Return whether elements of a strided tensor share memory, so that writing to one changes another.
+
+    Example:
+        >>> overlaps(torch.ones(1).expand(3)), overlaps(torch.ones(4, 4).t()[::2])
+        (True, False)
+    """
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > reach

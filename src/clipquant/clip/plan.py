@@ -16,6 +16,7 @@ from clipquant.clip.norms import value_norms
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.rule import Rule
 from clipquant.clip.shards import local_values
+from clipquant.errors import ArgumentError
 
 
 class Plan(ABC):
@@ -94,9 +95,9 @@ class Mapped(Plan):
         finite = before is None or all(map(math.isfinite, before.tolist()))
         if leave and not finite:
             return Outcome(False, False, before, before).on_all_processes(grads, order)
+        results = [self._result(grad, param) for grad, param in zip(grads, params, strict=True)]
         clipped = False
-        for grad, param in zip(grads, params, strict=True):
-            result = self.clip(grad, param)
+        for grad, result in zip(grads, results, strict=True):
             if result is not grad:
                 clipped = clipped or not torch.equal(local_values(result), local_values(grad))
                 grad.copy_(result)
@@ -105,6 +106,16 @@ class Mapped(Plan):
 
     def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
         return grads.unmeasured().norms(order)
+
+    def _result(self, grad: Tensor, param: Tensor) -> Tensor:
+        result = self.clip(grad, param)
+        if not isinstance(result, Tensor) or result.shape != grad.shape:
+            given = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ArgumentError(
+                f"{type(self.rule).__name__}.clip must return a tensor of the gradient's shape {tuple(grad.shape)}, "
+                f"got {given}; no gradient was changed"
+            )
+        return result
 
 
 def plan_of(rule: Rule, decision: Any) -> Plan:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from clipquant.clip.assign import Assignment
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import State
 
@@ -75,6 +76,26 @@ class Progress:
             streak=(*self.streak, skip) if record.skipped else (),
             state=record.state,
         )
+
+    def fitting(self, assignment: Assignment, tell: Callable[[str], object]) -> Progress:
+        """Return the same progress without states that rules of this assignment cannot go on from.
+
+        Args:
+            assignment: Who clips what from now on.
+            tell: Gets a sentence for each state that is dropped.
+        """
+        state = self.state
+        for part in assignment.parts:
+            own, needed = part.found(state), part.rule.init().keys()
+            if own and not needed <= own.keys():
+                where = f"parameter group {part.prefix[5:-1]}" if part.prefix else "the callback"
+                tell(
+                    f"the state of {where} was written by another rule than {type(part.rule).__name__}: counts go on, "
+                    "the state of the rule starts anew"
+                )
+                dropped = {part.prefix + key for key in own}
+                state = {key: value for key, value in state.items() if key not in dropped}
+        return replace(self, state=state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all as numbers, lists and tensors, which a checkpoint holds without pickled classes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ def scale_each(coefficients: Tensor, params: Sequence[Tensor]) -> ScaleEach:
     return ScaleEach(dict(zip(map(id, params), coefficients.tolist(), strict=True)))
 
 
-def norm_coefficient(norm: Tensor, limit: float | Tensor) -> Tensor:
+def norm_coefficient(norm: Tensor, limit: float) -> Tensor:
     """Return `min(1, limit / (norm + 1e-6))`, the factor that brings a norm down to `limit`.
 
     Args:
@@ -85,12 +86,14 @@ def norm_coefficient(norm: Tensor, limit: float | Tensor) -> Tensor:
         limit: Largest norm.
 
     Returns:
-        Factors in [0, 1] of the shape of `norm`; NaN where the norm is.
+        Factors in [0, 1] of the shape of `norm`; NaN where the norm is. All 1 for an infinite limit.
 
     Example:
         >>> norm_coefficient(torch.tensor([0.5, 4.0]), 1.0)
         tensor([1.0000, 0.2500])
     """
+    if limit == math.inf:
+        return torch.ones_like(norm)
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 

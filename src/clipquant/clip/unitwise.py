@@ -277,6 +277,8 @@ def _sparse_units(grad: Tensor, param: Tensor, limits: UnitLimits) -> tuple[Tens
     values = grad.values()
     if grad.ndim == 1:
         return values, limits.coefficients(value_norms([values])[0], unit_norms(param))
+    if len(values) == 0:
+        return values, values.new_ones(0)
     rows, entry = grad.indices()[0].unique(return_inverse=True)
     squares = values.abs().double().square().reshape(len(values), -1).sum(1)
     norms = squares.new_zeros(len(rows)).index_add_(0, entry, squares).sqrt()

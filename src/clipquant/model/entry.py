@@ -31,13 +31,14 @@ from clipquant.quant.widths.sensitivity import output_divergence, squared_gradie
 from clipquant.report.progress import progress_bar
 
 
+@torch.inference_mode(False)
 def quantize(
     model: nn.Module,
     bits: int | Literal["auto"] = 8,
     *,
     levels: int | None = None,
     symmetric: bool | None = None,
-    granularity: Granularity = "channel",
+    granularity: Granularity | None = None,
     method: str | Method = "auto",
     include: Globs = None,
     exclude: Globs = None,
@@ -57,7 +58,8 @@ def quantize(
         bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
-        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
+        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel. None: a
+            channel where that holds, else groups of 128, 64 or 32 weights, whichever pay for their scales.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range;
             "gptq", codes that keep the layers' outputs on `data`; "adaround", codes learned until the
             network's outputs are kept; "auto", the best of the quick ones for the width and the data;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -9,8 +11,9 @@ from clipquant.errors import ArgumentError, ArgumentTypeError
 from clipquant.quant.codes.grid import Coded
 from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights, rest_of
+from clipquant.quant.codes.zeros import is_pruned, kept_zeros, lost_zeros, with_zero
 from clipquant.quant.methods import Found, Problem
-from clipquant.quant.methods.base import solved
+from clipquant.quant.methods.base import matrix_of, solved
 from clipquant.quant.network.batchnorm import reestimate
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import lookups_of
@@ -47,10 +50,19 @@ def quantize_weights(
         )
     selection = recipe.select(model)
     specs = recipe.specs(selection.targets)
+    if recipe.symmetric is None:
+        pruned = (t.name for t in selection.targets if is_pruned(t.weight))
+        specs |= {name: with_zero(specs[name]) for name in pruned}
     problem = Problem(model, selection.targets, specs, calibration)
     with evaluating(model):
         found = solved(recipe.solver, problem)
     _check(found, problem, recipe.solver.name)
+    found = _with_zeros(found, problem)
+    if recipe.granularity is None:
+        for name, spec in specs.items():
+            if isinstance(spec.granularity, int):
+                said = f"a scale for every {spec.granularity} weights: one a channel would not hold"
+                found = found.noted([name], said)
     tensors = {
         target.name: QuantizedTensor(
             found.codes[target.name],
@@ -71,6 +83,22 @@ def quantize_weights(
     with evaluating(model):
         statistics = reestimate(Twin(model), problem.twin(found), calibration)
     return weights.following(statistics)
+
+
+def _with_zeros(found: Found, problem: Problem) -> Found:
+    """Return the same codes with the zeros of pruned weights kept, or a note of how many are lost."""
+    for target in problem.targets:
+        if not is_pruned(target.weight):
+            continue
+        matrix, coded = matrix_of(target), found.codes[target.name]
+        if coded.grid.zero is None:
+            found = replace(found, codes={**found.codes, target.name: kept_zeros(coded, matrix)})
+            said = f"pruned: {int((matrix == 0).sum()):,} zeros kept by a grid with an exact zero"
+        else:
+            lost = lost_zeros(coded, matrix)
+            said = f"pruned: {lost:,} zeros lost, the grid has none; symmetric=True and 2 bits keep them"
+        found = found.noted([target.name], said)
+    return found
 
 
 def _check(found: Found, problem: Problem, method: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from clipquant.errors import ArgumentError
+from clipquant.quant.codes.granularity import fitting_granularity
 from clipquant.quant.codes.spec import Granularity, QuantSpec, check_bits
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.methods.base import reads_data
@@ -25,7 +26,8 @@ class Recipe:
         bits: Width of a code, 1 to 8.
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
-        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel.
+        granularity: What shares a scale: "tensor", "channel" or that many weights of a channel. None: a
+            channel where that holds, else the group that pays; see `fitting_granularity`.
         method: A name in `METHODS`, or an object with `name`, `needs_data` and `solve`.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
@@ -41,7 +43,7 @@ class Recipe:
     bits: int = 8
     levels: int | None = None
     symmetric: bool | None = None
-    granularity: Granularity = "channel"
+    granularity: Granularity | None = None
     method: str | Method = "auto"
     include: Globs = None
     exclude: Globs = None
@@ -56,7 +58,8 @@ class Recipe:
     @property
     def spec(self) -> QuantSpec:
         """The grid of every weight that has no bits of its own."""
-        return QuantSpec(self.bits, self.levels, self.symmetric, self.granularity)
+        shared = "channel" if self.granularity is None else self.granularity
+        return QuantSpec(self.bits, self.levels, self.symmetric, shared)
 
     @property
     def solver(self) -> Method:
@@ -72,15 +75,22 @@ class Recipe:
         return select(model, self.include, self.exclude)
 
     def specs(self, targets: Iterable[Target]) -> dict[str, QuantSpec]:
-        """Return each weight's grid: `spec`, or with the bits of the first override that matches.
+        """Return each weight's grid: `spec`, with the bits of the first override that matches.
 
         Raises:
             ValueError: For a glob of `overrides` that matches none of the weights.
         """
-        names = [target.name for target in targets]
-        check_globs(names, overrides=self.overrides)
-        own = {name: self.override(name) for name in names}
-        return {n: self.spec if b is None else _with_bits(self.spec, b) for n, b in own.items()}
+        targets = list(targets)
+        check_globs([target.name for target in targets], overrides=self.overrides)
+        return {target.name: self._spec_of(target) for target in targets}
+
+    def _spec_of(self, target: Target) -> QuantSpec:
+        bits = self.override(target.name)
+        spec = self.spec if bits is None else _with_bits(self.spec, bits)
+        if self.granularity is not None:
+            return spec
+        matrix = target.layout.fold(target.weight.detach())
+        return replace(spec, granularity=fitting_granularity(matrix, spec))
 
     def override(self, name: str) -> int | None:
         """Return the bits that a weight is given of its own."""

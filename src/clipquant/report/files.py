@@ -9,32 +9,53 @@ from pathlib import Path
 
 import torch
 
+from clipquant.errors import PlaceError
+from clipquant.files import write_whole
 from clipquant.report.page import render_page
 from clipquant.report.plots import counted
 from clipquant.report.record import QuantizationReport
+from clipquant.shown import shown
 
 JSON_FILE, PAGE_FILE = "report.json", "report.html"
 _PACKAGES = ("clipquant", "torch", "lightning", "torchmetrics", "safetensors")
 
 
 def write_report(report: QuantizationReport, folder: str | Path) -> tuple[Path, Path]:
-    """Write `report.json` and `report.html` into `folder`.
+    """Write `report.json` and `report.html` into `folder`, each whole or not at all.
+
+    Both are tried; one that cannot be written leaves what stood there.
 
     Args:
         report: What to write.
-        folder: An existing folder.
+        folder: Its folder.
 
     Returns:
         The two paths.
 
     Raises:
-        OSError: If they cannot be written.
+        OSError: If one of them cannot be written; names it.
     """
-    folder = Path(folder)
-    record, page = folder / JSON_FILE, folder / PAGE_FILE
-    record.write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
-    page.write_text(render_page(report), "utf-8")
+    record, page = Path(folder, JSON_FILE), Path(folder, PAGE_FILE)
+    texts = {record: json.dumps(report.to_dict(), indent=1) + "\n", page: render_page(report)}
+    failed = {path: error for path, text in texts.items() if (error := _failure(path, text))}
+    if failed:
+        names = " and ".join(map(shown, failed))
+        first = next(iter(failed.values()))
+        raise PlaceError(
+            first.errno,
+            f"{names} could not be written ({first.strerror or first}); the quantized model is whole, and "
+            "`clipquant report FILE --html OUT` makes its page again",
+        ) from first
     return record, page
+
+
+def _failure(path: Path, text: str) -> OSError | None:
+    """Write a text whole; return why it could not be."""
+    try:
+        write_whole(path, text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        return error
+    return None
 
 
 def environment() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 from string import Template
 
@@ -13,6 +12,7 @@ from clipquant.report.exports import EXPORT_HEADER, Remark, export_remarks, expo
 from clipquant.report.plots import counted, short_bytes
 from clipquant.report.record import LayerRecord, QuantizationReport, Trial, drop_of
 from clipquant.report.table import figure
+from clipquant.report.text import escape
 
 _COLUMNS = (
     ("weight", "text"),
@@ -85,7 +85,7 @@ def _tiles(report: QuantizationReport) -> list[str]:
             short_bytes(report.size_bytes),
             f"{report.size_bytes:,} of {report.float_bytes:,} bytes",
         ),
-        _tile("smaller", f"{report.ratio:.2f}x", "float bytes over file bytes"),
+        _ratio_tile(report.ratio),
         _tile("bits per weight", f"{report.bits_per_weight:.2f}", "scales included, float has 32"),
     ]
     timed = report.latency
@@ -93,6 +93,12 @@ def _tiles(report: QuantizationReport) -> list[str]:
         note = f"float {timed.float_ms:.3g} ms; {timed.what}, batch {timed.batch}, {counted(timed.threads, 'thread')}"
         tiles.append(_tile("median latency", f"{timed.quantized_ms:.3g} ms", note))
     return tiles
+
+
+def _ratio_tile(ratio: float) -> str:
+    if ratio >= 1:
+        return _tile("smaller", f"{ratio:.2f}x", "float bytes over file bytes")
+    return _tile("larger", f"{1 / ratio:.2f}x", "file bytes over float bytes")
 
 
 def _tile(what: str, value: str, note: str) -> str:

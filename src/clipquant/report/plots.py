@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
 
 from clipquant.report.record import Histogram, LayerRecord, QuantizationReport, Trial, drop_of
+from clipquant.report.text import escape
 
 WIDTH = 440  # of every plot, in its own units: about a phone's screen, so that text keeps its size
 PITCH = 46  # from one layer's bar to the next

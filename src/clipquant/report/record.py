@@ -140,6 +140,7 @@ class QuantizationReport:
         latency: Before and after, where it was measured.
         exports: What each further file came to: format, path, bytes, difference, notes, metrics,
             timings, error, and latency, which is the timings under names of their own.
+        failures: What could not be done when the fit ended, what was done instead, and the remedy.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -159,6 +160,7 @@ class QuantizationReport:
     calibration: str = ""
     latency: Latency | None = None
     exports: tuple[Mapping[str, Any], ...] = ()
+    failures: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -175,7 +177,7 @@ class QuantizationReport:
     @property
     def verdict(self) -> str:
         """Whether the budgets are met, or without any what was gained, in one line."""
-        size = f"{self.size_bytes:,} bytes, {self.ratio:.2f} times smaller"
+        size = f"{self.size_bytes:,} bytes, {ratio_said(self.ratio)}"
         if self.drop is not None:
             size += f"; {self.monitor} {_change(self.drop)}"
         if self.budget is None:
@@ -206,6 +208,15 @@ class QuantizationReport:
         """Return the record as JSON-able values, infinities and NaN as null."""
         computed = {"ratio": self.ratio, "drop": self.drop, "verdict": self.verdict}
         return {**jsonable(asdict(self)), **jsonable(computed)}
+
+
+def ratio_said(ratio: float) -> str:
+    """Return how a file compares with its float model.
+
+    >>> ratio_said(4.0), ratio_said(0.5)
+    ('4.00 times smaller', '2.00 times larger')
+    """
+    return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
 
 
 def drop_of(before: float, after: float, mode: str | None) -> float:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows
-from clipquant.report.record import LayerRecord, QuantizationReport
+from clipquant.report.record import LayerRecord, QuantizationReport, ratio_said
+from clipquant.shown import shown
 
 LAYER_HEADER = ("weight", "shape", "bits", "method", "SQNR dB", "sensitivity", "bytes", "share")
 
@@ -25,7 +26,7 @@ def summary_rows(report: QuantizationReport) -> list[tuple[str, str, str]]:
     bits = f"{report.bits_per_weight:.2f}"
     rows += [
         ("bytes", f"{report.float_bytes:,}", f"{report.size_bytes:,}"),
-        ("ratio", "1", f"{report.ratio:.2f} times smaller"),
+        ("ratio", "1", ratio_said(report.ratio)),
         ("bits per weight, scales included", "32", bits),
     ]
     if report.latency is not None:
@@ -81,17 +82,19 @@ def print_summary(report: QuantizationReport) -> None:
     """Print the table at the end of a fit, and where the file stands."""
     print_table("Quantized", ("", "float", "quantized"), summary_rows(report))
     if report.budget is not None:
-        print(report.verdict)
+        print(shown(report.verdict))
     if report.path:
-        print(f"Artifact: {report.path}")
+        print(f"Artifact: {shown(report.path)}")
     if report.exports:
         print_table("Exports", EXPORT_HEADER, export_rows(report))
     for remark in export_remarks(report):
-        print("Export " + "\n  ".join(remark.lines))
+        print("Export " + "\n  ".join(map(shown, remark.lines)))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under a header; the first column is text, the others are figures."""
+    title, header = shown(title), tuple(map(shown, header))
+    rows = [tuple(map(shown, row)) for row in rows]
     if find_spec("rich") is None:
         print(plain_table(title, header, rows))
         return
@@ -99,9 +102,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

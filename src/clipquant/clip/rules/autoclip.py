@@ -19,6 +19,9 @@ from clipquant.errors import ArgumentError
 class AutoClip(Rule):
     """Scale all gradients so that their norm is at most a percentile of the norms seen so far, this step's included.
 
+    A norm of zero tells nothing about the scale of the gradients (a loss weight of zero, a masked batch) and is left
+    out of the history, as is one that is not finite.
+
     Args:
         percentile: Percentile of the history that is the limit, in (0, 100].
         window: Number of latest norms that the history keeps, >= 1.
@@ -26,7 +29,8 @@ class AutoClip(Rule):
     Raises:
         ValueError: A value is out of range.
 
-    Source: Seetharaman et al., arXiv 2007.14469; the window is an addition that bounds the history.
+    Source: Seetharaman et al., arXiv 2007.14469; the window is an addition that bounds the history, and the
+    paper's history takes zeros too.
 
     Example:
         >>> rule = AutoClip(percentile=50)
@@ -53,7 +57,7 @@ class AutoClip(Rule):
 
     def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[Scale, State]:
         norm = grads.norm()
-        if not norm.isfinite():
+        if not norm.isfinite() or not norm > 0:
             return Scale(torch.ones_like(norm)), state
         history = torch.cat([state["history"].to(norm), norm.reshape(1)])[-self.window :]
         limit = torch.quantile(history, self.percentile / 100)

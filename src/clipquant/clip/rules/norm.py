@@ -22,8 +22,8 @@ class Norm(Rule):
     """Scale gradients down so that their norm is at most `max_norm`; directions stay, nothing is scaled up.
 
     Args:
-        max_norm: Largest norm, >= 0.
-        norm_type: Order p >= 1 of the norm; `math.inf` or "inf" for the largest magnitude.
+        max_norm: Largest norm, >= 0; with `math.inf` nothing is ever changed, and norms are logged.
+        norm_type: Order p > 0 of the norm; `math.inf` or "inf" for the largest magnitude.
         scope: What one norm covers: "global" all gradients as one vector, "group" each parameter group of the
             optimizer, "tensor" each gradient for itself.
         warmup_steps: Steps over which the limit moves linearly from `warmup_start` to `max_norm`; 0 for none.
@@ -57,7 +57,7 @@ class Norm(Rule):
         )
         order = float(self.norm_type) if self.norm_type == "inf" else self.norm_type
         check_number(
-            "Norm", "norm_type", order, low=1.0, hint='the order of the norm, e.g. 2 or "inf"'
+            "Norm", "norm_type", order, above=0.0, hint='the order of the norm, e.g. 2 or "inf"'
         )
         if self.scope not in ("global", "group", "tensor"):
             raise ArgumentError(

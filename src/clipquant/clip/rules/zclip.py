@@ -19,7 +19,8 @@ class ZClip(Rule):
     """Scale all gradients down when their norm stands out from its moving mean by more than `z` standard deviations.
 
     A norm at `s > z` deviations is brought down to `z * z / s` deviations above the mean. The statistics follow the
-    norms after this. The first `warmup` norms only start the statistics.
+    norms after this. The first `warmup` norms only start the statistics. A norm of zero tells nothing about
+    the scale of the gradients (a loss weight of zero, a masked batch) and enters nothing, as one that is not finite.
 
     Args:
         z: Deviations from the mean beyond which a norm is a spike, > 0.
@@ -30,7 +31,7 @@ class ZClip(Rule):
     Raises:
         ValueError: A value is out of range.
 
-    Source: Kumar et al., arXiv 2504.02507.
+    Source: Kumar et al., arXiv 2504.02507, whose statistics take zeros too.
 
     Example:
         >>> ZClip().init()["steps"]
@@ -61,7 +62,7 @@ class ZClip(Rule):
 
     def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[Scale, State]:
         norm = grads.norm().double()
-        if not norm.isfinite():
+        if not norm.isfinite() or not norm > 0:
             return Scale(torch.ones_like(norm)), state
         state = {key: value.to(norm.device) for key, value in state.items()}
         warming = int(state["steps"]) < self.warmup

@@ -45,6 +45,31 @@ class OutputError:
         """Return the error of each row of some codes."""
         return self.at(coded.values().to(self.hessian.dtype))
 
+    def shrunk(self, matrix: Tensor, share: float) -> OutputError:
+        """Return the error with a share of it replaced by that of inputs which are not correlated.
+
+        Args:
+            matrix: (rows, columns): the float weights, which are then what is wanted.
+            share: 0 to 1: how much of H off its diagonal is chance; see `Moments.noise`.
+        """
+        diagonal = self.hessian.diagonal()
+        hessian = self.hessian * (1 - share)
+        hessian.diagonal().copy_(diagonal)
+        own = matrix.to(diagonal.dtype) * diagonal
+        goal = torch.lerp(self.goal, own, share)
+        return OutputError(hessian, goal, torch.lerp(self.energy, (own * matrix).sum(1), share))
+
+    def towards(self, weights: Tensor, best: Tensor) -> OutputError:
+        """Return the error whose least, as large as this one's, is at other weights.
+
+        Args:
+            weights: (rows, columns).
+            best: (rows, columns): the weights of least error here.
+        """
+        least = self.energy - (self.goal * best).sum(1)
+        goal = weights @ self.hessian
+        return OutputError(self.hessian, goal, least + (weights * goal).sum(1))
+
     def damped(self, matrix: Tensor, damping: float) -> OutputError:
         """Return the error with a pull towards the float weights, which makes H invertible.
 

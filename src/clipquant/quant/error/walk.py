@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ class Walk:
     order: Tensor
     lower: Tensor
     wanted: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of least output error, (rows, columns) in the matrix's own order."""
+        weights = torch.empty_like(self.wanted)
+        weights[:, self.order] = self.wanted
+        return weights
+
+    def towards(self, weights: Tensor) -> Walk:
+        """Return the walk whose codes are near other (rows, columns) weights."""
+        return replace(self, wanted=weights[:, self.order])
 
 
 def plan_walk(error: OutputError) -> Walk:

@@ -16,6 +16,7 @@ from clipquant.quant.methods.base import Found, Method, Problem, matrix_of, near
 from clipquant.quant.methods.gptq import Gptq
 from clipquant.quant.methods.mse import Mse
 from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.layers import bias_of, check_finite
 from clipquant.quant.network.moments import uses
 from clipquant.quant.network.outputs import distance, outputs_of
@@ -137,7 +138,7 @@ class _Network:
         self.roundings: dict[str, Rounding] = {}
         self.biases: dict[str, Tensor] = {}
         self.units: dict[str, float] = {}
-        self.wanted: dict[int, list[Tensor]] = {}
+        self.wanted: dict[int, tuple[list[Tensor], Decisions]] = {}
         for target in problem.targets:
             matrix = matrix_of(target)
             self.roundings[target.name] = Rounding.of(matrix, start.codes[target.name])
@@ -177,7 +178,10 @@ class _Network:
 
     def distance(self, number: int, batch: Any) -> Tensor:
         """Return how far the outputs for a batch are from the float network's."""
-        return distance(self._outputs(self.learned, batch), self._wanted(number, batch))
+        wanted, taken = self._wanted(number, batch)
+        with taken.followed():
+            own = self._outputs(self.learned, batch)
+        return distance(own, wanted)
 
     def mean_distance(self) -> float:
         total = 0.0
@@ -193,15 +197,17 @@ class _Network:
     def _outputs(self, twin: Twin, batch: Any) -> list[Tensor]:
         return outputs_of(twin, batch, self.calibration.forward, self.last)
 
-    def _wanted(self, number: int, batch: Any) -> list[Tensor]:
+    def _wanted(self, number: int, batch: Any) -> tuple[list[Tensor], Decisions]:
+        """Return the float network's outputs, and what it decided on the way."""
         if number in self.wanted:
             return self.wanted[number]
-        with torch.no_grad():
+        taken = Decisions()
+        with torch.no_grad(), taken.recorded():
             outputs = [t.detach().clone() for t in self._outputs(self.exact, batch)]
-        kept = sum(t.nbytes for tensors in self.wanted.values() for t in tensors)
+        kept = sum(t.nbytes for tensors, _ in self.wanted.values() for t in tensors)
         if kept + sum(t.nbytes for t in outputs) <= _KEPT:
-            self.wanted[number] = outputs
-        return outputs
+            self.wanted[number] = outputs, taken
+        return outputs, taken
 
 
 def _shuffled(batches: int, steps: int) -> Sequence[int]:

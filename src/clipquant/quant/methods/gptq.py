@@ -65,23 +65,25 @@ class Gptq(Method):
         parts = layer.matrix.float().chunk(groups)
         starts = [None] * groups if layer.start is None else layer.start.split(groups)
         solved = [
-            self._group(part, spec, output_error_of(moments, g, layer.centred), starts[g])
-            for g, part in enumerate(parts)
+            self._group(part, spec, _Rows.of(moments, g, layer.centred), start)
+            for g, (part, start) in enumerate(zip(parts, starts, strict=True))
         ]
         plain = all(rounded for _, rounded in solved)
         return Coded.stack([coded for coded, _ in solved]), "rtn" if plain else self.name
 
     def _group(
-        self, matrix: Tensor, spec: QuantSpec, error: OutputError, start: Coded | None
+        self, matrix: Tensor, spec: QuantSpec, rows: _Rows, start: Coded | None
     ) -> tuple[Coded, bool]:
-        """Return codes of rows that share their inputs, and whether plain rounding is no worse."""
-        damped = error.damped(matrix, self.damping)
+        """Return codes of rows that share their inputs, and whether all are plain rounding's."""
+        damped = rows.shown.shrunk(matrix, rows.noise).damped(matrix, self.damping)
         walk = plan_walk(damped)
-        weight = error.hessian.diagonal()
+        if rows.apart is not None:
+            best = walk.weights
+            wanted = worthwhile(matrix, best, rows.apart)
+            walk, damped = walk.towards(wanted), damped.towards(wanted, best)
+        weight = rows.shown.hessian.diagonal()
         first, _ = best_of(damped, self._walks(matrix, spec, walk, weight, start))
-        rtn = plain_rounding(matrix, spec)
-        coded, errors = best_of(error, [rtn, refine(damped, first, self.sweeps)])
-        return coded, bool((errors >= error.of(rtn)).all())
+        return rows.best(matrix, spec, refine(damped, first, self.sweeps))
 
     def _walks(
         self, matrix: Tensor, spec: QuantSpec, walk: Walk, weight: Tensor, start: Coded | None
@@ -96,6 +98,68 @@ class Gptq(Method):
             grids.append(start.grid)
         for grid in grids:
             yield gptq_codes(walk, grid)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of the output error of rows that share their inputs.
+
+    Args:
+        shown: On the inputs that codes are fitted to.
+        apart: On inputs held apart, where there are any.
+        noise: Share of H that is chance.
+    """
+
+    shown: OutputError
+    apart: OutputError | None
+    noise: float
+
+    @classmethod
+    def of(cls, moments: Moments, group: int, centred: bool) -> _Rows:
+        apart = moments.apart
+        held = None if apart is None else output_error_of(apart, group, centred)
+        return cls(output_error_of(moments, group, centred), held, moments.noise)
+
+    def best(self, matrix: Tensor, spec: QuantSpec, fitted: Coded) -> tuple[Coded, bool]:
+        """Return the codes fitted, but for rows that the weights' own range or plain rounding serve better.
+
+        No row is worse than plain rounding on what it was shown.
+        """
+        rtn = plain_rounding(matrix, spec)
+        judge = self.shown if self.apart is None else self.apart
+        bound = self.shown.of(rtn)
+        best, least, plain = rtn, judge.of(rtn), torch.ones(len(matrix), dtype=torch.bool)
+        for coded in (Coded.nearest(matrix, mse_grid(matrix, spec)), fitted):
+            error = judge.of(coded)
+            better = coded.takes((error < least) & (self.shown.of(coded) <= bound))
+            best, least = coded.where(better, best), torch.where(better, error, least)
+            plain &= ~better
+        return best, bool(plain.all())
+
+
+def worthwhile(matrix: Tensor, wanted: Tensor, apart: OutputError) -> Tensor:
+    """Return float weights as far from the given ones as inputs held apart show to be of use.
+
+    What was fitted to few inputs makes up for errors that others do not have, or that belong to other
+    inputs altogether, as where a decoder reads what it has put out.
+
+    Args:
+        matrix: (rows, columns): the float weights.
+        wanted: (rows, columns): those that were fitted.
+        apart: Output error on inputs that these were not fitted to.
+
+    Returns:
+        The weights of least error on the line between both.
+
+    >>> error = OutputError(torch.eye(1), torch.tensor([[1.2]]), torch.tensor([1.44]))
+    >>> worthwhile(torch.tensor([[1.0]]), torch.tensor([[1.4]]), error)
+    tensor([[1.2000]])
+    """
+    change = wanted - matrix
+    curve = float(((change @ apart.hessian) * change).sum())
+    fall = float((apart.slope(matrix) * change).sum())
+    share = min(max(-fall / curve, 0.0), 1.0) if curve > 0 else 0.0
+    return matrix + share * change
 
 
 def diagonal_codes(matrix: Tensor, spec: QuantSpec, moments: Moments) -> tuple[Coded, str]:

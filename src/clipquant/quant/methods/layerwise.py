@@ -92,7 +92,7 @@ class _Run:
         steps = list(_steps(own, seen))
         for number, group in enumerate(steps):
             calibration.tell(group[0].name, number, len(steps))
-            moments = observe((self.exact, self.rounded), group, calibration)
+            moments = observe((self.exact, self.rounded), group, calibration, hold_apart=True)
             for target in group:
                 self._solve_(target, moments[target.name])
         return Found(self.codes, self.methods, self.biases, self.notes)
@@ -128,7 +128,8 @@ class _Run:
         path = target.name.removesuffix(target.attribute) + bias
         old = self.problem.model.get_parameter(path)
         values = coded.values().reshape(moments.goal.shape)
-        shift = moments.output - torch.einsum("grc,gc->gr", values, moments.mean)
+        mean, output = moments.means()
+        shift = output - torch.einsum("grc,gc->gr", values, mean)
         self.biases[path] = (old + shift.reshape(-1)).to(old.dtype).detach()
         self.rounded.hold_({path: self.biases[path]})
 
@@ -161,16 +162,14 @@ def _why_free(model: nn.Module, target: Target) -> str:
 
 def _with_lookup(moments: Moments, matrix: Tensor) -> Moments:
     """Return the moments of a weight that is also looked up: there its own error counts as much."""
-    pull = (
-        moments.hessian.diagonal(dim1=1, dim2=2).mean()
-        if moments.hessian.dim() == 3
-        else moments.hessian.mean()
-    )
-    weight = matrix.float()[None]
-    eye = torch.eye(matrix.shape[1]) if moments.hessian.dim() == 3 else torch.ones(matrix.shape[1])
+    hessian, weight = moments.hessian, matrix.float()[None]
+    full = hessian.dim() == 3
+    pull = (hessian.diagonal(dim1=1, dim2=2) if full else hessian).mean()
+    ones = torch.ones_like(hessian[0, 0] if full else hessian[0])
     return replace(
         moments,
-        hessian=moments.hessian + pull * eye,
+        hessian=hessian + pull * (ones.diag() if full else ones),
         goal=moments.goal + pull * weight,
         energy=moments.energy + pull * weight.square().sum(2),
+        apart=None if moments.apart is None else _with_lookup(moments.apart, matrix),
     )

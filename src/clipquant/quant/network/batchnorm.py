@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.outputs import distances
 from clipquant.quant.network.twin import Twin
 
@@ -91,8 +92,12 @@ def _shifts(
     def visit(_number: int, batch: Any) -> None:
         watch.seen.clear()
         with torch.no_grad():
-            for twin, see in ((exact, watch.note), (rounded, watch.follow)):
-                with _watched(twin.model, names, see):
+            taken = Decisions()
+            for twin, see, way in (
+                (exact, watch.note, taken.recorded),
+                (rounded, watch.follow, taken.followed),
+            ):
+                with _watched(twin.model, names, see), way():
                     twin.run(calibration.forward, batch)
 
     calibration.each(visit)
@@ -151,5 +156,6 @@ def _statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _normalized(layer: _BatchNorm, x: Tensor, shift: _Shift) -> Tensor:
     mean, variance = _statistics(layer)
-    mean, variance = (mean + shift.mean).to(x.dtype), (variance * shift.ratio).to(x.dtype)
+    # In the statistics' own dtype: under autocast the inputs may be of another.
+    mean, variance = (mean + shift.mean).to(mean.dtype), (variance * shift.ratio).to(variance.dtype)
     return nn.functional.batch_norm(x, mean, variance, layer.weight, layer.bias, eps=layer.eps)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from clipquant.errors import ArgumentError, RunError
 
@@ -79,6 +80,21 @@ class Calibration:
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def apart(self) -> range:
+        """Numbers of the batches that nothing is fitted to, so that what was fitted can be judged on them.
+
+        >>> list(Calibration(range(8)).apart), list(Calibration(range(3)).apart)
+        ([3, 7], [])
+        """
+        return range(3, len(self.batches), 4)
+
+    def fitted(self, number: int) -> float:
+        """Return the share of a batch's samples, from the first on, that something may be fitted to."""
+        if self.apart:
+            return 0.0 if number in self.apart else 1.0
+        return 0.75
+
     def each(self, visit: Visit, order: Sequence[int] | None = None) -> None:
         """Visit every batch, or those of some numbers in their order, until a visit raises `EndLoop`.
 
@@ -101,6 +117,17 @@ class Calibration:
         return Calibration(self.batches[:count], self.forward, None, self.device, self.loop)
 
 
+def ordinary(batch: Any) -> Any:
+    """Return a batch whose tensors can take part in a graph, also where it was made under inference_mode."""
+
+    def copied(value: Any) -> Any:
+        inference = isinstance(value, torch.Tensor) and value.is_inference()
+        return value.clone() if inference else value
+
+    with torch.inference_mode(False):
+        return tree_map(copied, batch)
+
+
 def calibration_data(data: Iterable[Any], count: int) -> list[Any]:
     """Return the first `count` batches of `data`, which may be endless.
 
@@ -119,7 +146,7 @@ def calibration_data(data: Iterable[Any], count: int) -> list[Any]:
     if count == 0:
         return batches
     try:
-        batches.extend(islice(iter(data), count))
+        batches.extend(map(ordinary, islice(iter(data), count)))
     except Exception as error:
         raise RunError(
             f"calibration needs {count} batches, but the data raised at batch {len(batches)}: "

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from clipquant.errors import ArgumentError
@@ -78,6 +79,11 @@ def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Se
     check_globs(state, include=include, exclude=exclude)
     aliases = tied_keys(state)
     candidates = {target.name: target for target in weights_of(model)}
+    if include is not None or not candidates:
+        own = {
+            t.name: t for t in unknown_weights(model) if include is None or matches(t.name, include)
+        }
+        candidates = own | candidates
     targets, left = [], []
     for name, tensor in state.items():
         if name in aliases:
@@ -101,8 +107,24 @@ def weights_of(model: nn.Module) -> Iterator[Target]:
             yield Target(prefix + attribute, module, attribute, layout)
 
 
+def unknown_weights(model: nn.Module) -> Iterator[Target]:
+    """Yield the parameters of two axes or more that no known layer holds, rows along the first.
+
+    A layer of another library, or of the user's own, may be a Linear by another name; naming its
+    weight in `include` says that it is one.
+    """
+    known = {target.name for target in weights_of(model)}
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter is None or name in known or is_lazy(parameter):
+                continue
+            if parameter.dim() >= 2 and not name.endswith(("_orig", "_g", "_v")):
+                yield Target(name, module, attribute, Layout(tuple(parameter.shape)))
+
+
 def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
-    own = module._parameters
+    own = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
     if isinstance(module, _Transposed) and own.get("weight") is not None:
         yield "weight", Layout(tuple(module.weight.shape), 1, module.groups)
     elif isinstance(module, _Weighted) and own.get("weight") is not None:
@@ -195,7 +217,8 @@ def _why_unknown(name: str, tensor: Tensor, model: nn.Module) -> str:
             return "rebuilt before each forward (weight or spectral norm): remove the norm first"
     if tensor.dim() < 2:
         return "bias, normalization or other vector"
-    return f"{type(model.get_submodule(path)).__name__} is not a layer that is quantized"
+    kind = type(model.get_submodule(path)).__name__
+    return f"{kind} is not a layer that is quantized unless its weight is named in include"
 
 
 def _nothing(left: list[LeftInFloat], include: Globs, exclude: Globs) -> str:

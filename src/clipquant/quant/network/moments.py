@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from clipquant.errors import ArgumentError, RunError
 from clipquant.quant.network.calibration import Calibration, EndLoop, Forward
+from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.layers import Target, weights_of
 from clipquant.quant.network.patches import Reader, heads_output, patches, reader_of
 from clipquant.quant.network.twin import Twin
@@ -35,6 +37,9 @@ class Moments:
         mean: (groups, columns): E[x].
         output: (groups, rows / groups): E[y].
         count: Positions averaged over.
+        noise: Share of the hessian's square off its diagonal that is chance, by how much it differs
+            from piece to piece of the data: 1 where too few were seen to know anything.
+        apart: The same of data held apart, by which what was fitted to these is judged.
     """
 
     hessian: Tensor
@@ -43,6 +48,16 @@ class Moments:
     mean: Tensor
     output: Tensor
     count: int
+    noise: float = 0.0
+    apart: Moments | None = None
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return E[x] and E[y] over all data, those held apart included."""
+        if self.apart is None:
+            return self.mean, self.output
+        share = self.apart.count / (self.count + self.apart.count)
+        mean = torch.lerp(self.mean, self.apart.mean, share)
+        return mean, torch.lerp(self.output, self.apart.output, share)
 
 
 class _Sums:
@@ -65,9 +80,10 @@ class _Sums:
             self.goal = torch.zeros_like(weight)
             self.energy, self.output = x.new_zeros(2, *weight.shape[:2])
             self.mean = x.new_zeros(groups, columns)
+            self.noise = _Noise(x)
         y = f @ weight.mT
         if self.full:
-            self.hessian.baddbmm_(x.mT, x)
+            self._add_hessian_(x)
             self.goal.baddbmm_(y.mT, x)
         else:
             self.hessian += x.square().sum(1)
@@ -76,16 +92,74 @@ class _Sums:
         self.mean += x.sum(1)
         self.count += positions
 
+    def _add_hessian_(self, x: Tensor) -> None:
+        if x.shape[1] < x.shape[2]:
+            self.hessian.baddbmm_(x.mT, x)
+            self.noise.add_gram_(x)
+        else:
+            part = x.mT @ x
+            self.hessian += part
+            self.noise.add_(part)
+
     def result(self) -> Moments:
         n = self.count
+        noise = self.noise.share(self.hessian) if self.full else 0.0
         hessian = self.hessian.div_(n)
         if not self.full:
             weight = self.matrix.reshape(self.goal.shape)
             self.goal = weight * hessian[:, None] * n
             self.energy = (self.goal * weight).sum(2)
         return Moments(
-            hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n
+            hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n, noise
         )
+
+
+class _Noise:
+    """How much the off-diagonal part of second moments differs from piece to piece of the data.
+
+    Columns are scaled to like size, so that loud inputs do not drown quiet ones.
+
+    Source:
+        Schaefer and Strimmer 2005, "A shrinkage approach to large-scale covariance matrix estimation",
+        with pieces of the data, whose positions may be alike, in place of single positions.
+    """
+
+    def __init__(self, first: Tensor) -> None:
+        size = first.square().mean(1, keepdim=True)  # (groups, 1, columns)
+        self.scale = torch.where(size > 0, size, torch.inf).rsqrt()
+        self.pieces, self.squares, self.single = 0, 0.0, 0.0
+
+    def add_(self, part: Tensor) -> None:
+        """Add a piece by its sum of x x^T, (groups, columns, columns)."""
+        self._count_(_off_diagonal(part * self.scale * self.scale.mT))
+
+    def add_gram_(self, x: Tensor) -> None:
+        """Add a piece by its inputs, (groups, positions, columns), fewer than there are columns."""
+        scaled = x * self.scale
+        squares = scaled.square()
+        lengths = squares.sum(2).square().sum() - squares.square().sum()
+        self.single += float(lengths)  # each position as a piece of its own
+        gram = scaled @ scaled.mT
+        self._count_(gram.square().sum() - squares.sum(1).square().sum())
+
+    def _count_(self, square: Tensor) -> None:
+        self.pieces += 1
+        self.squares += float(square)
+
+    def share(self, total: Tensor) -> float:
+        """Return the part of the square of the sum over all pieces that is chance."""
+        whole = float(_off_diagonal(total * self.scale * self.scale.mT))
+        if whole <= 0:
+            return 0.0
+        if self.pieces == 1:
+            return min(self.single / whole, 1.0)
+        spread = (self.squares - whole / self.pieces) * self.pieces / (self.pieces - 1)
+        return min(max(spread / whole, 0.0), 1.0)
+
+
+def _off_diagonal(matrix: Tensor) -> Tensor:
+    """Return the sum of the squares off the diagonal of (groups, columns, columns)."""
+    return matrix.square().sum() - matrix.diagonal(dim1=1, dim2=2).square().sum()
 
 
 @dataclass(frozen=True)
@@ -225,6 +299,7 @@ def observe(
     targets: Sequence[Target],
     calibration: Calibration,
     limit: int = HESSIAN_LIMIT,
+    hold_apart: bool = False,
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of some weights over all batches and all their uses.
 
@@ -234,6 +309,8 @@ def observe(
         targets: The weights.
         calibration: Batches, one after the other, and how to run them.
         limit: Most bytes of one weight's second moments; above, only the diagonal is kept.
+        hold_apart: Whether a quarter of the data goes into `Moments.apart`: the batches held apart, or
+            where there are too few of them the last samples of each.
 
     Returns:
         Name of a weight -> its moments; weights that no batch reaches are not in it.
@@ -243,20 +320,39 @@ def observe(
     """
     exact, rounded = twins
     sums = {t.name: _Sums(t, limit) for t in targets}
+    apart = {t.name: _Sums(t, limit) for t in targets}
 
     def visit(number: int, batch: Any) -> None:
-        floats = _inputs(exact, targets, batch, calibration.forward, number)
+        taken = Decisions()
+        with taken.recorded():
+            floats = _inputs(exact, targets, batch, calibration.forward, number)
         others = floats
         if rounded is not exact:
-            others = _inputs(rounded, targets, batch, calibration.forward, number)
+            with taken.followed():
+                others = _inputs(rounded, targets, batch, calibration.forward, number)
         for name, inputs in others.items():
             pairs = zip(inputs, floats.get(name, ()), strict=False)
             for (place, x), (_, f) in pairs:
                 for a, b in zip(patches(place, x), patches(place, f), strict=True):
-                    sums[name].add_(*_thinned(a, b))
+                    share = calibration.fitted(number) if hold_apart else 1.0
+                    _add_(sums[name], apart[name], _thinned(a, b), share)
 
     calibration.each(visit)
-    return {name: s.result() for name, s in sums.items() if s.count}
+    return {
+        name: replace(s.result(), apart=apart[name].result() if apart[name].count else None)
+        for name, s in sums.items()
+        if s.count
+    }
+
+
+def _add_(sums: _Sums, apart: _Sums, pair: tuple[Tensor, Tensor], share: float) -> None:
+    """Add the first share of positions to the one and the rest to the other."""
+    positions = pair[0].shape[1]
+    kept = math.ceil(share * positions)
+    if kept:
+        sums.add_(*(part[:, :kept] for part in pair))
+    if kept < positions:
+        apart.add_(*(part[:, kept:] for part in pair))
 
 
 def _thinned(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipquant.errors import ArgumentTypeError
 from clipquant.quant.network.calibration import Calibration, Forward
+from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.twin import Twin
 
 
@@ -61,7 +62,9 @@ def outputs_of(twin: Twin, batch: Any, forward: Forward, last: str) -> list[Tens
 def distances(
     exact: Twin, others: Sequence[Twin], calibration: Calibration, last: str
 ) -> list[float]:
-    """Return how far the outputs of some twins are from those of the float network, over all batches.
+    """Return how far the outputs of some twins are from those of the float network.
+
+    Batches that nothing was fitted to are run, or all where there are too few to hold some apart.
 
     Args:
         exact: The float network.
@@ -76,13 +79,17 @@ def distances(
 
     def visit(_number: int, batch: Any) -> None:
         with torch.no_grad():
-            wanted = outputs_of(exact, batch, calibration.forward, last)
+            taken = Decisions()
+            with taken.recorded():
+                wanted = outputs_of(exact, batch, calibration.forward, last)
             for i, twin in enumerate(others):
-                own = outputs_of(twin, batch, calibration.forward, last)
+                with taken.followed():
+                    own = outputs_of(twin, batch, calibration.forward, last)
                 totals[i] += float(distance(own, wanted))
 
-    calibration.each(visit)
-    return [total / len(calibration) for total in totals]
+    numbers = calibration.apart or range(len(calibration))
+    calibration.each(visit, numbers)
+    return [total / len(numbers) for total in totals]
 
 
 def distance(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

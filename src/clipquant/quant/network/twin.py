@@ -137,9 +137,16 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 
 def _alias(tensor: Tensor) -> Tensor:
+    tensor = tensor if not tensor.is_inference() else _outside(tensor)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), tensor.requires_grad)
     return tensor
+
+
+def _outside(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor made under inference_mode that is not bound to it."""
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _skeleton(model: nn.Module, made: dict[int, nn.Module], memo: dict[int, Any]) -> nn.Module:

@@ -26,6 +26,7 @@ class PackedWeight(nn.Module):
     Args:
         packed: The weight.
 
+    >>> from clipquant.quant.codes.layout import Layout
     >>> grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 3, 4)
     >>> data = torch.tensor([228], dtype=torch.uint8)
     >>> PackedWeight(PackedTensor(data, grid, 2, Layout((1, 4)), torch.float32))()

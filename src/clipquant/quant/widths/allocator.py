@@ -12,6 +12,7 @@ from clipquant.quant.codes.grid import Coded, Grid, row_levels
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights, rest_of
+from clipquant.quant.codes.zeros import is_pruned, kept_zeros
 from clipquant.quant.network.batchnorm import reestimate
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Selection, Target, bias_of, is_lookup, lookups_of
@@ -53,8 +54,11 @@ class Allocator:
         tensors = {}
         for target in self.selection.targets:
             table, own = self.tables[target.name], bits[target.name]
+            coded = table.take(own)
+            if is_pruned(target.weight):
+                coded = kept_zeros(coded, target.layout.fold(target.weight.detach()).float().cpu())
             tensors[target.name] = QuantizedTensor(
-                table.take(own), own, target.layout, target.weight.dtype, table.method
+                coded, own, target.layout, target.weight.dtype, table.method
             )
         floats = rest_of(self.model, tensors, self.selection.aliases)
         for name, bias in self.biases.items():
@@ -148,6 +152,9 @@ def allocator(
             losses = tables[name].errors * (output_curvature(own, moments) / 2).unsqueeze(1)
             if bias is not None:
                 biases[name] = bias
+        if is_pruned(matrix):
+            said = f"pruned: {int((matrix == 0).sum()):,} zeros kept by grids with exact zeros"
+            notes[name] = f"{notes[name]}; {said}" if name in notes else said
         choices[name] = Choices(target.layout.columns, losses, widths)
     if calibration is not None:
         steps = len(selection.targets)

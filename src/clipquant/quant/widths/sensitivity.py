@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from clipquant.errors import ArgumentError, ArgumentTypeError
 from clipquant.quant.network.calibration import Calibration
-from clipquant.quant.network.layers import Target
+from clipquant.quant.network.layers import Target, is_lookup
 from clipquant.quant.widths.frontier import WIDTHS
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]  # a batch's mean loss, and its samples
@@ -41,6 +41,7 @@ def squared_gradients(
         The diagonal of the empirical Fisher information, LeCun et al. 1990 ("Optimal Brain Damage").
     """
     sums = [torch.zeros(t.layout.rows, t.layout.columns) for t in targets]
+    squares = [torch.zeros(t.layout.rows, dtype=torch.float64) for t in targets]
     weights = [target.weight for target in targets]
     trained = [weight.requires_grad for weight in weights]
     count, reached = 0, False
@@ -52,10 +53,12 @@ def squared_gradients(
             value, samples = loss(model, batch)
             _check_loss(value, count)
             slopes = torch.autograd.grad(value, weights, allow_unused=True)
-        for total, target, slope in zip(sums, targets, slopes, strict=True):
+        for total, square, target, slope in zip(sums, squares, targets, slopes, strict=True):
             if slope is not None:
                 reached = True
-                total.add_(target.layout.fold(slope.float()).square_().cpu(), alpha=samples)
+                own = target.layout.fold(slope.float()).square_().cpu().mul_(samples)
+                total.add_(own)
+                square.add_(own.sum(1, dtype=torch.float64).square_())
 
     try:
         for weight in weights:
@@ -74,7 +77,39 @@ def squared_gradients(
             "no weight to quantize has a gradient: the loss does not depend on them. Check that the model runs "
             "its layers on the batch and does not detach their outputs."
         )
-    return {target.name: total / count for target, total in zip(targets, sums, strict=True)}
+    return {
+        target.name: total / count
+        if is_lookup(model, target)
+        else believed(total / count, square / count, count)
+        for target, total, square in zip(targets, sums, squares, strict=True)
+    }
+
+
+def believed(fisher: Tensor, square: Tensor, pieces: int) -> Tensor:
+    """Return E[g^2] drawn towards the mean of all rows by the share of the rows' differences that is chance.
+
+    A row that the data seen did not ask much of, such as that of a class that they do not show, is
+    not known to matter little.
+
+    Args:
+        fisher: (rows, columns): the mean over the pieces of the data.
+        square: float64 (rows,): the mean over the pieces of the square of each row's sum.
+        pieces: How many there are; of one alone nothing is known, and the rows stay as they are.
+
+    Source:
+        James and Stein 1961, "Estimation with quadratic loss", with one variance for all rows.
+
+    >>> rows = torch.tensor([[4.0], [0.0]])
+    >>> believed(rows, torch.tensor([32.0, 0.0]).double(), 2)  # each seen in one piece of two, or in none
+    tensor([[2.], [2.]])
+    """
+    sums = fisher.sum(1, dtype=torch.float64)
+    spread = sums.var(correction=1) if len(sums) > 1 else sums.new_zeros(())
+    if pieces < 2 or not spread > 0:
+        return fisher
+    chance = (square - sums.square()).clamp(min=0).mean() / (pieces - 1)
+    share = float((chance / spread).clamp(max=1.0))
+    return torch.lerp(fisher, fisher.mean(0, keepdim=True).expand_as(fisher), share)
 
 
 def _check_loss(value: Tensor, number: int) -> None:

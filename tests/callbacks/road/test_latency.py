@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from clipquant.callbacks import latency
-from clipquant.callbacks.latency import measure_latency
+from clipquant.callbacks.road import latency
+from clipquant.callbacks.road.calibration import CalibrationError, find_batches, probe
+from clipquant.callbacks.road.road import open_road
+
+
+def measure_latency(trainer: pl.Trainer, module: pl.LightningModule, state: Any) -> Any:
+    with open_road(trainer, module, probe) as road:
+        return latency.measure_latency(road, state, find_batches(road, 1))
 
 
 class Slow(pl.LightningModule):
@@ -84,6 +91,7 @@ def test_without_a_validation_step_forward_is_timed(monkeypatch: Any) -> None:
     assert found.what == "forward"
 
 
-def test_a_step_that_does_not_run_has_no_latency() -> None:
+def test_a_step_that_does_not_run_is_told() -> None:
     module = Choosy()
-    assert measure_latency(fitted(module), module, module.state_dict()) is None
+    with pytest.raises(CalibrationError, match="two inputs wanted"):
+        measure_latency(fitted(module), module, module.state_dict())

@@ -1,0 +1,307 @@
+"""What a file's header may say: parsed once, between digest and use, into records that hold no nonsense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clipquant.fields import FieldError, entries, fault, flag, items, one_of, shape, text, whole
+from clipquant.quant.codes.layout import Layout
+from clipquant.quant.codes.spec import MAX_BITS
+from clipquant.quant.codes.weights import LeftInFloat
+from clipquant.stored import StoredReport, read_stored
+
+# How safetensors calls the dtypes, in the order in which it lays tensors out.
+KINDS = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
+    torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in KINDS.items()}
+FLOATS = {str(d).removeprefix("torch."): d for d in KINDS if d.is_floating_point and d.itemsize > 1}
+PARTS = ("q", "scale", "zero", "bits")
+_EMPTY = 1 << 20  # most that an axis of a tensor without elements may have: nothing pays for it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file, and where its bytes stand behind the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One quantized weight.
+
+    Args:
+        bits: Width of a code, 1 to 8; None: each row has its own, in the tensor NAME.bits.
+        levels: Steps of the grid; None where rows differ.
+        group_size: Neighbouring columns that share a scale.
+        layout: How the matrix of codes folds back into the weight.
+        dtype: Floating dtype of the weight.
+        method: What chose the codes.
+    """
+
+    bits: int | None
+    levels: int | None
+    group_size: int
+    layout: Layout
+    dtype: torch.dtype
+    method: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a file says of itself.
+
+    Args:
+        format_version: Of the file.
+        sha256: Of the whole file, this digest blanked.
+        entries: Key -> tensor of the file.
+        weights: State-dict key -> quantized weight; its codes are the tensor NAME.q.
+        aliases: Key of a tied tensor -> the key under which it is held.
+        left: What stays in float, and why.
+        versions: Package -> version that wrote the file.
+        report: What it says of how it was made; None: nothing.
+        lookups: Quantized weights that are looked up, as those of embeddings; empty where nothing is said.
+    """
+
+    format_version: int
+    sha256: str
+    entries: Mapping[str, Entry]
+    weights: Mapping[str, Weight]
+    aliases: Mapping[str, str]
+    left: tuple[LeftInFloat, ...]
+    versions: Mapping[str, str]
+    report: StoredReport | None
+    lookups: frozenset[str] = frozenset()
+
+    @property
+    def floats(self) -> dict[str, Entry]:
+        """The tensors of the file that are not parts of quantized weights."""
+        parts = {f"{name}.{part}" for name in self.weights for part in PARTS}
+        return {name: entry for name, entry in self.entries.items() if name not in parts}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """State-dict key -> shape, tied ones included."""
+        held = {name: weight.layout.shape for name, weight in self.weights.items()}
+        held |= {name: entry.shape for name, entry in self.floats.items()}
+        return held | {alias: held[name] for alias, name in self.aliases.items()}
+
+
+def read_entries(header: Mapping[str, Any], size: int) -> dict[str, Entry]:
+    """Return the tensors of a safetensors header, which fill `size` bytes without gap or overlap.
+
+    Args:
+        header: The header, without its metadata.
+        size: Bytes behind the header.
+
+    Raises:
+        FieldError: Naming the field that cannot be.
+    """
+    found = {}
+    for name, value in header.items():
+        about = entries(value, name)
+        text(name, "a tensor's name")
+        place = items(about.get("data_offsets"), f"{name}.data_offsets", 2)
+        start, stop = (whole(offset, f"{name}.data_offsets") for offset in place)
+        kind, sides = about.get("dtype"), about.get("shape")
+        found[name] = _entry(name, kind, sides, start)
+        if stop != found[name].stop:
+            raise fault(f"{name}.data_offsets", "as long as its shape and dtype say", place)
+    ordered = sorted(found.items(), key=lambda item: (item[1].start, item[1].stop))
+    end = 0
+    for name, entry in ordered:
+        if entry.start != end:
+            raise fault(f"{name}.data_offsets", f"a run from byte {end}", [entry.start, entry.stop])
+        end = entry.stop
+    if end != size:
+        raise FieldError(f"the tensors must fill {size} bytes; they take {end}.")
+    return dict(ordered)
+
+
+def listed_entries(listed: Any, size: int) -> dict[str, Entry]:
+    """Return the tensors of a list of [name, dtype, shape] that follow one another and fill `size` bytes."""
+    found: dict[str, Entry] = {}
+    end = 0
+    for value in items(listed, "entries"):
+        given, kind, sides = items(value, "entries", 3)
+        name = text(given, "a tensor's name")
+        if name in found:
+            raise FieldError(f"entries must name each tensor once; {name} stands there twice.")
+        found[name] = _entry(name, kind, sides, end)
+        end = found[name].stop
+    if end != size:
+        raise FieldError(f"the tensors must fill {size} bytes; they take {end}.")
+    return found
+
+
+def _entry(name: str, kind: Any, sides: Any, start: int) -> Entry:
+    dtype = one_of(kind, f"{name}.dtype", _DTYPES)
+    form = _paid(shape(sides, f"{name}.shape"), f"{name}.shape")
+    return Entry(dtype, form, start, start + math.prod(form) * dtype.itemsize)
+
+
+def _paid(form: tuple[int, ...], at: str) -> tuple[int, ...]:
+    if 0 in form and max(form) > _EMPTY:
+        raise fault(at, f"of axes up to {_EMPTY} where there are no elements", form)
+    return form
+
+
+def read_manifest(about: Mapping[str, Any], held: Mapping[str, Entry]) -> Manifest:
+    """Return the records of a file's JSON object, each field checked against the tensors of the file.
+
+    Args:
+        about: The JSON object.
+        held: The tensors of the file.
+
+    Raises:
+        FieldError: Naming the field that cannot be.
+    """
+    named = entries(about.get("tensors"), "tensors")
+    weights = {name: _read_weight(name, value, held) for name, value in named.items()}
+    parts = {f"{name}.{part}" for name in weights for part in PARTS}
+    for name in weights.keys() & held.keys() | weights.keys() & parts:
+        raise FieldError(f"tensors.{name} must have a name of its own; another tensor has it.")
+    keys = weights.keys() | (held.keys() - parts)
+    report = about.get("report")
+    return Manifest(
+        whole(about.get("format_version"), "format_version", 1),
+        text(about.get("sha256"), "sha256", 64),
+        held,
+        weights,
+        _read_aliases(about.get("aliases"), keys),
+        tuple(_read_left(value) for value in items(about.get("left"), "left")),
+        {
+            name: text(said, f"versions.{name}")
+            for name, said in entries(about.get("versions"), "versions").items()
+        },
+        None if report is None else read_stored(report, about.get("details")),
+        _read_lookups(about.get("lookups", []), weights),
+    )
+
+
+def _read_aliases(value: Any, keys: set[str]) -> dict[str, str]:
+    """Return tied keys; what they name is held itself, so that they form no chain and no cycle."""
+    aliases = entries(value, "aliases")
+    for alias, name in aliases.items():
+        if not isinstance(name, str) or name not in keys:
+            raise fault(f"aliases.{alias}", "the key of a tensor that the file holds", name)
+        if alias in keys:
+            raise FieldError(f"aliases.{alias} must not be a key of its own; the file holds it.")
+    return aliases
+
+
+def _read_lookups(value: Any, weights: Mapping[str, Weight]) -> frozenset[str]:
+    names = [text(name, "lookups") for name in items(value, "lookups")]
+    for name in names:
+        if name not in weights:
+            raise fault("lookups", "names of quantized weights", name)
+    return frozenset(names)
+
+
+def _read_left(value: Any) -> LeftInFloat:
+    name, size, why = items(value, "left", 3)
+    return LeftInFloat(text(name, "left"), whole(size, "left"), text(why, "left"))
+
+
+def _read_weight(name: str, value: Any, held: Mapping[str, Entry]) -> Weight:
+    at = f"tensors.{name}"
+    about = entries(value, at)
+    layout = _read_layout(about, at)
+    by_rows = f"{name}.bits" in held
+    width = about.get("bits")
+    if by_rows is not (width == "rows"):
+        raise fault(f"{at}.bits", "'rows' where, and only where, the file has a .bits", width)
+    bits = None if by_rows else whole(width, f"{at}.bits", 1, MAX_BITS)
+    levels = about.get("levels")
+    if bits is not None:
+        most = 2**bits - 1
+        levels = most if levels is None else whole(levels, f"{at}.levels", 1, most)
+    elif levels is not None:
+        raise fault(f"{at}.levels", "left out where rows have bits of their own", levels)
+    size = _read_group_size(about.get("granularity", "channel"), layout, at)
+    _check_parts(name, about, layout, bits, size, held)
+    dtype = one_of(about.get("dtype", "float32"), f"{at}.dtype", FLOATS)
+    method = text(about.get("method", "rtn"), f"{at}.method", 100)
+    return Weight(bits, levels, size, layout, dtype, method)
+
+
+def _read_layout(about: Mapping[str, Any], at: str) -> Layout:
+    form = _paid(shape(about.get("shape"), f"{at}.shape"), f"{at}.shape")
+    axis = whole(about.get("axis", 0), f"{at}.axis", 0, 1)
+    if len(form) <= axis:
+        raise fault(f"{at}.shape", f"of {axis + 1} axes or more", form)
+    most = max(form[0], 1) if axis else MAX_GROUPS
+    groups = whole(about.get("groups", 1), f"{at}.groups", 1, most)
+    if axis and form[0] % groups:
+        raise fault(f"{at}.groups", f"a divisor of {form[0]}", groups)
+    return Layout(form, axis, groups)
+
+
+MAX_GROUPS = 1 << 20
+
+
+def _read_group_size(value: Any, layout: Layout, at: str) -> int:
+    if value in ("tensor", "channel"):
+        return layout.columns
+    return whole(value, f"{at}.granularity", 1, max(layout.columns, 1))
+
+
+def _check_parts(
+    name: str,
+    about: Mapping[str, Any],
+    layout: Layout,
+    bits: int | None,
+    size: int,
+    held: Mapping[str, Entry],
+) -> None:
+    """Raise unless a weight's codes, scales, zeros and bits have the shapes that its record asks for."""
+    rows, columns = layout.rows, layout.columns
+    _check_part(f"{name}.q", held, (torch.uint8,), None)
+    if bits is None:
+        _check_part(f"{name}.bits", held, (torch.uint8,), ((rows,),))
+    else:
+        wanted = (rows * columns * bits + 7) // 8
+        if held[f"{name}.q"].shape != (wanted,):
+            raise fault(f"{name}.q", f"{wanted} bytes", held[f"{name}.q"].shape)
+    groups = -(-columns // size) if size else 0
+    forms = tuple((count, groups) for count in {rows, 1})
+    _check_part(f"{name}.scale", held, tuple(FLOATS.values()), forms)
+    if about.get("symmetric") is not None:
+        symmetric = flag(about["symmetric"], f"tensors.{name}.symmetric")
+        if symmetric is (f"{name}.zero" in held):
+            raise fault(f"tensors.{name}.symmetric", "true without a .zero, else false", symmetric)
+    if f"{name}.zero" in held:
+        scale = held[f"{name}.scale"]
+        _check_part(f"{name}.zero", held, (scale.dtype,), (scale.shape,))
+
+
+def _check_part(
+    name: str,
+    held: Mapping[str, Entry],
+    dtypes: Sequence[torch.dtype],
+    forms: tuple[tuple[int, ...], ...] | None,
+) -> None:
+    entry = held.get(name)
+    if entry is None:
+        raise FieldError(f"{name} must stand in the file; it does not.")
+    if entry.dtype not in dtypes:
+        raise fault(f"{name}.dtype", f"one of {', '.join(map(str, dtypes))}", str(entry.dtype))
+    if forms is None:
+        if len(entry.shape) != 1:
+            raise fault(f"{name}.shape", "of one axis", entry.shape)
+    elif entry.shape not in forms:
+        raise fault(f"{name}.shape", f"one of {', '.join(map(str, forms))}", entry.shape)

@@ -1,0 +1,68 @@
+"""When GradientClipCallback goes on where an earlier fit stopped, and by which names it finds its state."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+
+from clipquant.clip.rule import Rule, State
+
+
+@dataclass
+class Resume:
+    """Where the callback stands between fits.
+
+    Args:
+        loaded: Whether a state was loaded since the last fit ended.
+        seen: Indices of the optimizers that took a step in this fit.
+    """
+
+    loaded: bool = False
+    seen: set[int] = field(default_factory=set)
+    _module: weakref.ref[Any] | None = field(default=None, repr=False)
+
+    def goes_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Return whether a fit that starts continues the last one: from a state, or the same module after step 0."""
+        self.seen = set()
+        same = self._module is not None and self._module() is pl_module
+        return self.loaded or (same and trainer.global_step > 0)
+
+    def end(self, pl_module: pl.LightningModule) -> None:
+        """Remember which module was fitted."""
+        self.loaded, self._module = False, weakref.ref(pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": None}  # a weak reference cannot be pickled
+
+
+def kind_of(rule: Rule) -> str:
+    """Return the path of a rule's class."""
+    return public_kind(f"{type(rule).__module__}.{type(rule).__qualname__}")
+
+
+def public_kind(kind: str) -> str:
+    """Return the path of a rule's class; that of this package's rules without the file that they stand in."""
+    return re.sub(r"^clipquant\.clip\..*\.", "clipquant.clip.", kind)
+
+
+def described(rule: Rule) -> str:
+    """Return what tells a rule from others, the same in every process."""
+    return repr(rule) if is_dataclass(rule) else kind_of(rule)
+
+
+def same_targets(key: str, other: str) -> bool:
+    """Return whether two keys in a checkpoint are of callbacks for the same optimizers and parameters."""
+    return _targets(key) == _targets(other)
+
+
+def _targets(key: str) -> str:
+    return key.partition(", 'rule': ")[0].removesuffix("}")
+
+
+def states_of_groups(state: State) -> State:
+    """Return of the states of all rules those of rules that parameter groups bring."""
+    return {key: value for key, value in state.items() if re.match(r"group\d+\.", key)}

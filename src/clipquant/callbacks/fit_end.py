@@ -1,0 +1,267 @@
+"""What is done when a fit has ended: every step has a fallback, and the file comes before all that only tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from clipquant.artifact import read_metadata
+from clipquant.callbacks.auto import choose_bits
+from clipquant.callbacks.checkpoint import load_best, logged_name
+from clipquant.callbacks.export import export_files
+from clipquant.callbacks.failures import Failure, Failures
+from clipquant.callbacks.ladder import Rung, climb_down, data_free_rungs
+from clipquant.callbacks.loggers import log_report
+from clipquant.callbacks.road.calibration import (
+    Found,
+    find_batches,
+    loop_on,
+    probe,
+    run_prepared,
+)
+from clipquant.callbacks.road.judge import judge
+from clipquant.callbacks.road.latency import measure_latency
+from clipquant.callbacks.road.road import Road, open_road
+from clipquant.callbacks.settings import Settings
+from clipquant.model import QuantizedModel
+from clipquant.quant.network.calibration import Calibration, Progress
+from clipquant.quant.network.state import kept, seeded
+from clipquant.quant.recipe import Recipe
+from clipquant.report.files import write_report
+from clipquant.report.progress import progress_bar
+from clipquant.report.record import Latency, QuantizationReport
+from clipquant.report.table import print_summary
+
+FILE = "model.safetensors"
+
+Quantize = Callable[[Recipe, Any, Calibration | None], QuantizedModel]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a fit's end.
+
+    Args:
+        state: The dequantized weights, where there is a file that holds them.
+        report: What was gained and what it cost; None where nothing could be quantized.
+        path: The file.
+        failures: The steps that failed, in words.
+        budget: Why a budget was missed; empty where all are met.
+    """
+
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    report: QuantizationReport | None = None
+    path: Path | None = None
+    failures: tuple[Failure, ...] = ()
+    budget: str = ""
+
+
+class FitEnd:
+    """One fit's end: the steps in their order, on the road of one module.
+
+    Args:
+        settings: What the callback was asked.
+        trainer: The Trainer that has fitted.
+        folder: Where files go.
+        quantize: Returns a module quantized by a recipe.
+    """
+
+    def __init__(
+        self, settings: Settings, trainer: pl.Trainer, folder: Path, quantize: Quantize
+    ) -> None:
+        self.settings, self.trainer, self.folder = settings, trainer, folder
+        self.quantize, self.failures = quantize, Failures()
+
+    def run(self, module: pl.LightningModule) -> Outcome:
+        """Return what came of it; the module ends as it was."""
+        made: QuantizedModel | None = None
+        path: Path | None = None
+        with open_road(self.trainer, module, probe) as road:
+            self._take_best_(road)
+            before = self._judged(road, None, "float")
+            found = self._batches(road)
+            made = self._quantized(road, found, before)
+            if made is not None:
+                made = self._reported(road, made, before)
+                made, path = self._saved(made)
+                made = self._completed(road, found, made, path)
+        if made is not None:
+            self._tell_(made.report, path)
+        state = {} if made is None or path is None else made.state_dict()
+        report = None if made is None else made.report
+        budget = report.budget.failure if report is not None and report.budget is not None else ""
+        return Outcome(state, report, path, tuple(self.failures.items), budget)
+
+    def _take_best_(self, road: Road) -> None:
+        if self.settings.weights == "best" and not getattr(self.trainer, "fast_dev_run", False):
+            with self.failures.step(
+                "loading the best checkpoint",
+                "the weights at the end of the fit are quantized",
+                "clipquant.quantize(Net.load_from_checkpoint(path)) quantizes it later.",
+            ):
+                monitor, _ = self.settings.monitored(self.trainer)
+                load_best(self.trainer, road.guest, monitor)
+
+    def _judged(
+        self, road: Road, state: Mapping[str, Tensor] | None, which: str
+    ) -> dict[str, float]:
+        with self.failures.step(
+            f"judging the {which} weights",
+            f"the report has no {which} metrics",
+            "Run trainer.validate(module) to see the error by itself.",
+        ):
+            return judge(road, state)
+        return {}
+
+    def _batches(self, road: Road) -> Found | None:
+        """Return calibration batches; without any that can be run, weights are quantized without data."""
+        wanted = self.settings.wants_data(road.guest)
+        found: Found | None = None
+        try:
+            found = find_batches(road, max(self.settings.calibration_batches, 1))
+        except Exception as error:
+            if wanted:
+                self.failures.add_(
+                    Failure(
+                        "finding batches to calibrate on",
+                        f"{type(error).__name__}: {error}",
+                        "the weights are quantized without data",
+                        "Let validation_step take batches of the train or validation dataloader, or set "
+                        "calibration_batches=0.",
+                    )
+                )
+        return found
+
+    def _quantized(
+        self, road: Road, found: Found | None, before: Mapping[str, float]
+    ) -> QuantizedModel | None:
+        with progress_bar(self._bar()) as tell:
+            rungs = list(self._rungs(road, found, before, tell))
+            return climb_down(rungs, road.guest, self.failures, self.settings.line)
+
+    def _bar(self) -> bool:
+        return self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+
+    def _rungs(
+        self, road: Road, found: Found | None, before: Mapping[str, float], tell: Progress | None
+    ) -> list[Rung]:
+        """Return the ways to quantize, the one asked for first."""
+        settings, recipe, guest = self.settings, self.settings.recipe, road.guest
+        data = None
+        if found is not None and settings.wants_data(guest):
+            data = Calibration(found.batches, run_prepared, tell, loop=loop_on(road))
+        rungs: list[Rung] = []
+        if settings.auto:
+            goal = settings.goal(self.trainer)
+            goal = replace(goal, monitor=logged_name(goal.monitor, before))
+            if found is not None:
+                rungs.append(
+                    Rung(
+                        "choosing bits by the budgets",
+                        lambda: choose_bits(road, goal, found, before, tell),
+                    )
+                )
+            if found is not None and goal.max_size is not None and goal.max_drop is not None:
+                alone = replace(goal, max_drop=None)
+                rungs.append(
+                    Rung(
+                        "choosing bits by the size alone",
+                        lambda: choose_bits(road, alone, found, {}, tell),
+                    )
+                )
+        elif data is not None:
+            what = f"{found.what}{_refused(found)}" if found is not None else ""
+            rungs.append(
+                Rung(
+                    f"quantizing by method={recipe.method!r}",
+                    lambda: self.quantize(recipe, guest, data).reported(calibration=what),
+                )
+            )
+        return rungs + data_free_rungs(settings, guest, self.quantize)
+
+    def _reported(
+        self, road: Road, made: QuantizedModel, before: Mapping[str, float]
+    ) -> QuantizedModel:
+        known: dict[str, Any] = {"seed": self.settings.seed, "failures": self.failures.told()}
+        if not made.report.float_metrics:  # the search for a budget has judged already
+            monitor, mode = self.settings.monitored(self.trainer)
+            after = self._judged(road, made.state_dict(), "quantized") if before else {}
+            known |= {
+                "float_metrics": before,
+                "quantized_metrics": after,
+                "monitor": logged_name(monitor, before),
+                "mode": mode,
+                "failures": self.failures.told(),
+            }
+        return made.reported(**known)
+
+    def _saved(self, made: QuantizedModel) -> tuple[QuantizedModel, Path | None]:
+        path = self.folder / FILE
+        saved: Path | None = None
+        with self.failures.step(
+            f"writing {path}",
+            "the module keeps its float weights, and checkpoints are untouched",
+            f"Make room, then: {self.settings.line(str(path))}",
+        ):
+            if self.trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                made.save(path)
+                report = replace(made.report, path=str(path), sha256=read_metadata(path)["sha256"])
+                made = replace(made, report=report)
+            saved = path
+        return made, saved
+
+    def _completed(
+        self, road: Road, found: Found | None, made: QuantizedModel, path: Path | None
+    ) -> QuantizedModel:
+        """Add what is measured beside the file: latency and exports."""
+        latency: Latency | None = None
+        exports: tuple[dict[str, Any], ...] = ()
+        if found is not None:
+            with self.failures.step(
+                "timing a step", "the report has no latency", "None is needed."
+            ):
+                latency = measure_latency(road, made.state_dict(), found)
+        made = replace(made, report=replace(made.report, latency=latency))
+        if path is not None:
+            with (
+                self.failures.step(
+                    "exporting",
+                    "the artifact is whole without",
+                    "clipquant export makes formats from it later.",
+                ),
+                kept(road.guest),
+                seeded(0),
+            ):
+                records = export_files(
+                    road,
+                    found,
+                    made,
+                    self.settings.export if self.trainer.is_global_zero else (),
+                    path.parent,
+                    max_drop=self.settings.max_drop,
+                )
+                exports = tuple(record.to_dict() for record in records)
+        report = replace(made.report, exports=exports, failures=self.failures.told())
+        return replace(made, report=report)
+
+    def _tell_(self, report: QuantizationReport, path: Path | None) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        later = "The artifact is whole; clipquant report FILE shows it."
+        if path is not None:
+            with self.failures.step("writing the report", "the fit ends without it", later):
+                write_report(report, path.parent)
+        with self.failures.step("logging", "the loggers miss its figures", later):
+            log_report(report, self.trainer.loggers, self.trainer.global_step)
+        with self.failures.step("printing the summary", "the fit ends without it", later):
+            print_summary(report)
+
+
+def _refused(found: Found) -> str:
+    return f" (not of others: {'; '.join(found.refused)})"[:300] if found.refused else ""

@@ -1,0 +1,164 @@
+"""One batch goes the whole road before the first step is trained: what would fail after training is told now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from clipquant.callbacks.auto import sensitivities
+from clipquant.callbacks.checkpoint import logged_name
+from clipquant.callbacks.export import find_call
+from clipquant.callbacks.failures import Failure, Failures
+from clipquant.callbacks.road.calibration import Found, loop_on, run_prepared, try_batches
+from clipquant.callbacks.road.data import kept_generators, validation_loaders
+from clipquant.callbacks.road.judge import judge, watched
+from clipquant.callbacks.road.road import Road, open_road
+from clipquant.callbacks.settings import Settings
+from clipquant.model.entry import quantize_by
+from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.layers import Target
+from clipquant.quant.network.state import kept, seeded
+
+
+def rehearse(
+    settings: Settings, trainer: pl.Trainer, module: pl.LightningModule, batch: Any
+) -> tuple[Failure, ...]:
+    """Return what would fail after training, found out on one batch; nothing is left of it.
+
+    Args:
+        settings: What the callback was asked.
+        trainer: The Trainer, about to train its first batch.
+        module: Its module, which ends as it was.
+        batch: That batch, as the Trainer has prepared it.
+    """
+    failures = Failures("Rehearsal of QuantizeOnFitEnd, before training: ")
+    if not is_built(module):
+        return ()  # not built before the first step
+    found = Found([batch], "the first train batch") if batch is not None else None
+
+    def probe(road: Road) -> Any:
+        with watched(road.guest) as seen:
+            loaders = validation_loaders(road)
+            if loaders is not None:
+                with kept_generators(road, loaders):
+                    return [road.run(loaders, limit=1), seen]
+            if found is None:
+                return None
+            try_batches(road, found.batches)
+            return [seen]
+
+    with open_road(trainer, module, probe, before=True) as road:
+        _judge_(road, settings, failures)
+        if found is not None:
+            _calibrate_(road, settings, found, failures)
+            _export_(road, settings, found, failures)
+    return tuple(failures.items)
+
+
+def _judge_(road: Road, settings: Settings, failures: Failures) -> None:
+    metrics: Mapping[str, float] | None = None
+    with failures.step(
+        "judging by one validation batch",
+        "the report will have no metrics, and a max_drop cannot be kept",
+        "Run trainer.validate(module) to see the error by itself.",
+    ):
+        metrics = judge(road, limit=1)
+    if metrics is None:
+        return
+    monitor, _ = settings.monitored(road.trainer)
+    if not metrics or logged_name(monitor, metrics) in metrics or not settings.judges(road.trainer):
+        return
+    logged = f"validation does not log; logged are {', '.join(sorted(metrics))}"
+    if settings.max_drop is not None:
+        failures.items.append(
+            Failure(
+                "keeping max_drop",
+                f"it watches {monitor!r}, which {logged}",
+                "no budget could be kept",
+                "Set monitor to one of them.",
+                fatal=True,
+            )
+        )
+    else:
+        failures.add_(
+            Failure(
+                "finding the monitored metric",
+                f"it is {monitor!r}, which {logged}",
+                "the report will name no monitored metric",
+                "Set monitor to one of them.",
+            )
+        )
+
+
+def _calibrate_(road: Road, settings: Settings, found: Found, failures: Failures) -> None:
+    """Quantize the smallest weight by the batch, and take its sensitivity where budgets need it."""
+    if not settings.wants_data(road.guest):
+        return
+    targets = settings.recipe.select(road.guest).targets
+    try:
+        try_batches(road, found.batches)
+    except Exception as error:  # whatever the step raises on a batch of another form
+        if validation_loaders(road) is None:
+            failures.add_(
+                Failure(
+                    "calibrating on a train batch",
+                    f"{type(error).__name__}: {error}",
+                    "the weights will be quantized without data",
+                    "Let validation_step take batches of the train dataloader, give the Trainer validation data, "
+                    "or set calibration_batches=0.",
+                )
+            )
+        return
+    with (
+        failures.step(
+            "calibrating one layer on one batch",
+            "the weights will be quantized without data",
+            "Set calibration_batches=0 to ask for that.",
+        ),
+        kept(road.guest, parameters=True),
+        seeded(0),
+    ):
+        _quantize_one(road, settings, found, _smallest(targets))
+
+
+def _quantize_one(road: Road, settings: Settings, found: Found, target: Target) -> None:
+    if settings.auto:
+        sensitivities(road, [target], found)
+    recipe = replace(settings.recipe, include=[target.name], exclude=None, overrides=None)
+    calibration = Calibration(found.batches, run_prepared, loop=loop_on(road))
+    quantize_by(recipe, road.guest, calibration)
+
+
+def _export_(road: Road, settings: Settings, found: Found, failures: Failures) -> None:
+    if not settings.export:
+        return
+    with (
+        failures.step(
+            f"finding an example for {', '.join(chosen.name for chosen in settings.export)}",
+            "the exports will fail, the artifact will not",
+            "Set self.example_input_array in the module.",
+        ),
+        kept(road.guest),
+        seeded(0),
+        torch.no_grad(),
+    ):
+        find_call(road, found)
+
+
+def _smallest(targets: tuple[Target, ...]) -> Target:
+    return min(targets, key=lambda target: target.weight.numel())
+
+
+def is_built(module: nn.Module) -> bool:
+    """Return whether every lazy layer of a module has its shape.
+
+    >>> is_built(nn.LazyLinear(2))
+    False
+    """
+    return not any(is_lazy(parameter) for parameter in module.parameters())

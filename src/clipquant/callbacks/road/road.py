@@ -1,0 +1,144 @@
+"""The one road: user code runs through a nested Trainer's own loop, seeded, silent, and leaves no trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+
+from clipquant.callbacks.lightning import is_overridden
+from clipquant.callbacks.road.guest import guest_of
+from clipquant.callbacks.road.nested import nested_trainer
+from clipquant.callbacks.road.ranks import alone
+from clipquant.callbacks.road.silence import Silence, silently
+from clipquant.quant.network.calibration import call_model
+from clipquant.quant.network.state import kept, seeded
+
+# What a step does: its place in the loop, the step itself and the arguments that Lightning has prepared.
+Step = Callable[[int, Callable[..., Any], tuple[Any, ...]], Any]
+
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_ENDS = ("on_validation_batch_end", "on_validation_epoch_end", "on_validation_end")
+
+
+@dataclass(frozen=True)
+class Road:
+    """The way on which a module's own steps are run aside.
+
+    Args:
+        trainer: The outer Trainer.
+        guest: What is run.
+        silence: Its loggers' stand-ins.
+        before: Whether it is used before training: then no loader is asked for anew, and batches are
+            those that the Trainer has prepared already.
+    """
+
+    trainer: pl.Trainer
+    guest: pl.LightningModule
+    silence: Silence
+    before: bool = False
+
+    @property
+    def has_step(self) -> bool:
+        """Whether there is a `validation_step` of the user's own."""
+        return is_overridden("validation_step", self.guest)
+
+    def run(
+        self,
+        loaders: Any,
+        step: Step | None = None,
+        *,
+        limit: Any = 1.0,
+        bar: bool = False,
+        hooks: bool = True,
+    ) -> dict[str, float]:
+        """Return what a validation of the guest logs.
+
+        Args:
+            loaders: As `Trainer.validate` takes them.
+            step: What is done with each batch, in the place of the step alone; then nothing is logged,
+                and what the module does at the end of batches and epochs is left out.
+            limit: As `limit_val_batches`.
+            bar: Whether a progress bar is shown where the outer Trainer shows one.
+            hooks: Whether batches go through the hooks of transfer; those that did so already do not.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(seeded(0))
+            stack.enter_context(self.silence.quiet())
+            stack.enter_context(alone())
+            stack.enter_context(kept(self.guest))
+            self._lay_(step, hooks)
+            inner = stack.enter_context(
+                nested_trainer(self.trainer, self.silence, limit=limit, bar=bar, hooks=hooks)
+            )
+            inner.validate(self.guest, dataloaders=loaders, verbose=False)
+            return {name: float(value) for name, value in inner.callback_metrics.items()}
+
+    def _lay_(self, step: Step | None, hooks: bool) -> None:
+        """Put what is done with a batch in the place of the guest's `validation_step`."""
+        guest = self.guest
+        own = silently(guest.validation_step if self.has_step else functools.partial(_call, guest))
+        if step is None:
+            step = _seeded_step
+        else:
+            guest.log = guest.log_dict = _ignore  # type: ignore[method-assign]
+            for name in _ENDS:
+                setattr(guest, name, _ignore)
+        if not hooks:
+            for name in _TRANSFERS:
+                setattr(guest, name, _same)
+        number = iter(range(1 << 62))
+
+        def validation_step(*args: Any) -> Any:
+            return step(next(number), own, args)
+
+        if self.has_step:
+            functools.update_wrapper(validation_step, own)
+        guest.validation_step = validation_step  # type: ignore[method-assign]
+
+
+@contextmanager
+def open_road(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    probe: Callable[[Road], Any],
+    *,
+    before: bool = False,
+) -> Iterator[Road]:
+    """Yield the road of a module: on an independent copy, or on itself, put back at the end.
+
+    Args:
+        trainer: The outer Trainer.
+        module: Its module, which ends as it was.
+        probe: Runs a road for a batch or so and returns what it gave, to prove a copy independent.
+        before: Whether it is used before training.
+    """
+    silence = Silence(trainer)
+
+    def run(guest: Any) -> Any:
+        return probe(Road(trainer, guest, silence, before))
+
+    with guest_of(module, silence, run) as guest:
+        yield Road(trainer, guest, silence, before)
+
+
+def _seeded_step(number: int, step: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Run a step on the same noise each time, and leave the loader's own draws alone."""
+    with seeded(number):
+        return step(*args)
+
+
+def _call(guest: pl.LightningModule, batch: Any, *_: Any) -> Any:
+    return call_model(guest, batch)
+
+
+def _same(batch: Any, *_: Any) -> Any:
+    return batch
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    return None

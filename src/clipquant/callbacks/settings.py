@@ -1,0 +1,102 @@
+"""What QuantizeOnFitEnd was asked, as one frozen record that its steps read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import lightning.pytorch as pl
+from torch import nn
+
+from clipquant.budget.goal import size_in_bytes
+from clipquant.callbacks.checkpoint import monitored
+from clipquant.export import Format
+from clipquant.model import QuantizedModel
+from clipquant.model.auto import AutoBits
+from clipquant.quant.recipe import Recipe
+from clipquant.report.record import Budget, QuantizationReport, Trial
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of a QuantizeOnFitEnd, checked.
+
+    Args:
+        recipe: How weights are quantized; its bits are those of the fallback where `auto`.
+        auto: Whether bits are chosen by budgets.
+        calibration_batches: How many batches calibrate; 0: data-free.
+        max_drop: Most that the monitored metric may lose.
+        max_size: Most bytes of the file.
+        monitor: The metric that judges.
+        mode: Which way it is better.
+        weights: "last" or "best".
+        export: Further formats.
+    """
+
+    recipe: Recipe
+    auto: bool
+    calibration_batches: int
+    max_drop: float | None
+    max_size: int | float | str | None
+    monitor: str | None
+    mode: str | None
+    weights: str
+    export: tuple[Format, ...]
+
+    @property
+    def plain(self) -> Recipe:
+        """The recipe of the best method that needs no data."""
+        return self.recipe.without_data()
+
+    @property
+    def seed(self) -> int | None:
+        """The run's seed, where one was set."""
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return int(seed) if seed else None
+
+    def wants_data(self, module: nn.Module) -> bool:
+        """Return whether batches make a difference."""
+        if self.calibration_batches == 0:
+            return False
+        return self.auto or self.recipe.reads_data(module)
+
+    def monitored(self, trainer: pl.Trainer) -> tuple[str, str]:
+        """Return which metric judges, and which way."""
+        return monitored(trainer, self.monitor, self.mode)
+
+    def judges(self, trainer: pl.Trainer) -> bool:
+        """Return whether somebody has named the metric that judges: the callback, or a ModelCheckpoint."""
+        return (
+            self.monitor is not None
+            or self.max_drop is not None
+            or self.monitored(trainer)[0] != "val_loss"
+        )
+
+    def goal(self, trainer: pl.Trainer) -> AutoBits:
+        """Return the budgets, and the metric that judges."""
+        return AutoBits(self.max_drop, self.max_size, *self.monitored(trainer), self.recipe)
+
+    def line(self, path: str = "model.safetensors") -> str:
+        """Return the line of code that quantizes the module later."""
+        bits = self.recipe.bits
+        return f"clipquant.quantize(module, bits={bits}).save({path!r})"
+
+    def most_bytes(self, report: QuantizationReport) -> int | None:
+        """Return the size that the file must keep, in bytes."""
+        if not self.auto or self.max_size is None:
+            return None
+        return size_in_bytes(self.max_size, report.float_bytes)
+
+    def fits(self, report: QuantizationReport) -> bool:
+        """Return whether a file is as small as was asked."""
+        most = self.most_bytes(report)
+        return most is None or report.size_bytes <= most
+
+    def unjudged(self, made: QuantizedModel) -> QuantizedModel:
+        """Return a model that was quantized without a search, with what that means for the budgets."""
+        if not self.auto:
+            return made
+        why = "the search for it failed; every row has the same bits"
+        budget = Budget(self.max_drop, self.most_bytes(made.report), (), why)
+        trial = Trial(made.report.size_bytes, None, "uniform", True)
+        return made.reported(budget=replace(budget, trials=(trial,)))
