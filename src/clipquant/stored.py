@@ -109,10 +109,10 @@ def write_stored(report: StoredReport) -> dict[str, Any]:
     }
     if report.budget is not None:
         asked = report.budget
+        trials = [[t.size_bytes, t.value, t.what, int(t.chosen)] for t in asked.trials]
         about["budget"] = {
-            "max_drop": asked.max_drop, "max_size": asked.max_size, "failure": asked.failure,
+            "max_drop": asked.max_drop, "max_size": asked.max_size, "failure": asked.failure, "trials": trials,
         }  # fmt: skip
-        details["trials"] = [[t.size_bytes, t.value, t.what, int(t.chosen)] for t in asked.trials]
     about = {k: v for k, v in about.items() if v not in (None, "", {}, [])}
     return {"report": about, "details": {k: v for k, v in details.items() if v}}
 
@@ -142,7 +142,7 @@ def read_stored(about: Any, details: Any = None) -> StoredReport:
             for name, said in entries(held.get("environment", {}), "report.environment").items()
         },
         layers={name: _read_layer(v, f"report.layers.{name}") for name, v in layers.items()},
-        budget=_read_budget(held.get("budget"), held.get("trials")),
+        budget=_read_budget(held.get("budget")),
         failures=tuple(
             text(said, "report.failures")
             for said in items(held.get("failures", []), "report.failures")
@@ -175,11 +175,11 @@ def _read_layer(value: Any, at: str) -> StoredLayer:
     )
 
 
-def _read_budget(value: Any, trials: Any) -> StoredBudget | None:
+def _read_budget(value: Any) -> StoredBudget | None:
     if value is None:
         return None
     held = entries(value, "report.budget")
-    found = items(held.get("trials", []) if trials is None else trials, "report.budget.trials")
+    found = items(held.get("trials", []), "report.budget.trials")
     return StoredBudget(
         _maybe_number(held.get("max_drop"), "report.budget.max_drop"),
         _maybe_whole(held.get("max_size"), "report.budget.max_size"),

@@ -1,6 +1,7 @@
 """Quantized weights apart from their model: applied, saved, reported."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -51,3 +52,18 @@ def test_tied_weights_count_once_in_the_float_size(model):
     once = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     assert report.float_bytes == sum(once.values())
     assert [layer.name for layer in report.layers] == ["0.weight"]
+
+
+def test_a_file_larger_than_the_float_tensors_warns_with_both_figures(tmp_path):
+    made = quantize(nn.Linear(8, 4), 4)
+    said = r"has \d,?\d+ bytes, more than the 144 of the float tensors"
+    with pytest.warns(UserWarning, match=said) as caught:
+        made.save(tmp_path / "a")
+    assert len(caught) == 1
+    assert "times larger" in made.report.verdict
+
+
+def test_a_smaller_file_does_not_warn(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(nn.Linear(64, 64), 4).save(tmp_path / "a")

@@ -225,3 +225,24 @@ def test_a_click_on_a_heading_sorts_and_a_second_turns_it_round(browser: Any) ->
 
 def test_still_no_console_errors_after_use(browser: Any) -> None:
     assert browser.get_log("browser") == []
+
+
+def test_names_of_strangers_neither_turn_nor_mark_nor_run(browser: Any, tmp_path: Path) -> None:
+    evil = 'w\u202egnp.\u2066\x1b[31m"><img src=x onerror="document.title=1"><script>document.title=2</script>'
+    made = report()
+    layers = (replace(made.layers[0], name=evil, note=evil, method=evil), *made.layers[1:])
+    texts = {"monitor": evil, "float_metrics": {evil: 0.9}, "quantized_metrics": {evil: 0.8}}
+    said = replace(
+        made, layers=layers, environment={evil: evil}, calibration=evil, path=evil, **texts
+    )
+    path = tmp_path / "evil.html"
+    path.write_text(render_page(said), "utf-8")
+    browser.get(path.as_uri())
+    assert browser.title.startswith("Quantization report")
+    assert browser.execute_script("return document.images.length") == 0
+    seen = browser.execute_script("return document.body.innerText")
+    assert seen.count("w\\u202egnp.\\u2066\\x1b[31m") >= 5
+    assert not set(seen) & set("\u202e\u2066\x1b")
+    source = path.read_text("utf-8")
+    assert not set(source) & set("\u202e\u2066\x1b")
+    assert browser.get_log("browser") == []

@@ -170,7 +170,8 @@ def test_a_small_file_keeps_the_figures_and_leaves_the_details_to_the_report(
     held = read_artifact(path)
     read = report_of(held.weights, held.metadata, path.stat().st_size)
     assert (read.drop, read.failures) == (pytest.approx(0.01), ("exporting failed",))
-    assert read.budget == Budget(0.02, None, (), "why")
+    trials = (Trial(path.stat().st_size, 0.9, chosen=True),)
+    assert read.budget == Budget(0.02, None, trials, "why")
     assert math.isnan(read.layers[0].sqnr_db)
     assert "details" not in read_metadata(path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,9 +176,8 @@ def _parse(
 def _weights(parts: Parts, tensors: Mapping[str, QuantizedTensor]) -> QuantizedWeights:
     manifest = parts.opened.manifest
     floats = {name: parts.opened.tensor(name) for name in manifest.floats}
-    return QuantizedWeights(
-        tensors, floats, manifest.aliases, manifest.left, lookups=manifest.lookups
-    )
+    lookups = manifest.lookups
+    return QuantizedWeights(tensors, floats, manifest.aliases, manifest.left, lookups=lookups)
 
 
 def load_quantized(
@@ -243,8 +242,8 @@ def _load_packed(parts: Parts, model: nn.Module) -> nn.Module:
     tensors = {name: packed_weight(parts, name) for name in manifest.weights}
     floats = {name: parts.opened.tensor(name) for name in manifest.floats}
     floats |= {alias: floats[name] for alias, name in manifest.aliases.items() if name in floats}
-    held = (*model.parameters(), *model.buffers())
-    assign = any(tensor.is_meta for tensor in held)
+    assign = _on_meta(model)
+    _check_filled(model, manifest.shapes, parts.path)
     pack_modules_(model, tensors, manifest.aliases)
     model.load_state_dict(floats, strict=False, assign=assign)
     return model
@@ -253,8 +252,24 @@ def _load_packed(parts: Parts, model: nn.Module) -> nn.Module:
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
     """Load a state dict into `model` if every key and shape fits; otherwise change nothing."""
     _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, source)
-    model.load_state_dict(dict(state), strict=False)
+    _check_filled(model, state, source)
+    model.load_state_dict(dict(state), strict=False, assign=_on_meta(model))
     return model
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _check_filled(model: nn.Module, held: Iterable[str], source: object) -> None:
+    """Raise for tensors without values ("meta") that a state with these keys would leave so."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    left = sorted({name for name, tensor in named if tensor.is_meta} - set(held))
+    if left:
+        raise ArtifactError(
+            f"{source} has no values for {', '.join(left)}, which the model holds on the device 'meta' and does "
+            "not save. Build the model on a real device, or give these tensors their values first."
+        )
 
 
 def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:

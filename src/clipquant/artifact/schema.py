@@ -72,9 +72,9 @@ class Manifest:
         weights: State-dict key -> quantized weight; its codes are the tensor NAME.q.
         aliases: Key of a tied tensor -> the key under which it is held.
         left: What stays in float, and why.
+        lookups: Keys of quantized weights that are looked up.
         versions: Package -> version that wrote the file.
         report: What it says of how it was made; None: nothing.
-        lookups: Quantized weights that are looked up, as those of embeddings; empty where nothing is said.
     """
 
     format_version: int
@@ -83,9 +83,9 @@ class Manifest:
     weights: Mapping[str, Weight]
     aliases: Mapping[str, str]
     left: tuple[LeftInFloat, ...]
+    lookups: frozenset[str]
     versions: Mapping[str, str]
     report: StoredReport | None
-    lookups: frozenset[str] = frozenset()
 
     @property
     def floats(self) -> dict[str, Entry]:
@@ -184,12 +184,12 @@ def read_manifest(about: Mapping[str, Any], held: Mapping[str, Entry]) -> Manife
         weights,
         _read_aliases(about.get("aliases"), keys),
         tuple(_read_left(value) for value in items(about.get("left"), "left")),
+        frozenset(_read_lookups(about.get("lookups", []), weights)),
         {
             name: text(said, f"versions.{name}")
             for name, said in entries(about.get("versions"), "versions").items()
         },
         None if report is None else read_stored(report, about.get("details")),
-        _read_lookups(about.get("lookups", []), weights),
     )
 
 
@@ -204,12 +204,12 @@ def _read_aliases(value: Any, keys: set[str]) -> dict[str, str]:
     return aliases
 
 
-def _read_lookups(value: Any, weights: Mapping[str, Weight]) -> frozenset[str]:
-    names = [text(name, "lookups") for name in items(value, "lookups")]
+def _read_lookups(value: Any, weights: Mapping[str, Weight]) -> list[str]:
+    names = items(value, "lookups")
     for name in names:
-        if name not in weights:
-            raise fault("lookups", "names of quantized weights", name)
-    return frozenset(names)
+        if not isinstance(name, str) or name not in weights:
+            raise fault("lookups", "keys of quantized weights", name)
+    return list(names)
 
 
 def _read_left(value: Any) -> LeftInFloat:

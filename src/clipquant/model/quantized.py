@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from clipquant.report.files import environment
 from clipquant.report.layers import bits_per_weight, layer_records
 from clipquant.report.record import QuantizationReport
 from clipquant.report.stored import describe
+from clipquant.shown import shown
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,21 @@ class QuantizedModel:
 
         Raises:
             OSError: If it cannot be written.
+
+        Warns:
+            UserWarning: If it is larger than the float tensors, with the reason.
         """
-        return save_artifact(self.weights, path, describe(self.report))
+        written = save_artifact(self.weights, path, describe(self.report))
+        size, floats = written.stat().st_size, self.report.float_bytes
+        if size > floats:
+            codes = sum(layer.bytes for layer in self.report.layers)
+            warnings.warn(
+                f"{shown(written)} has {size:,} bytes, more than the {floats:,} of the float tensors: codes and "
+                f"scales take {codes:,} of them, names, shapes and what is said of them outweigh the rest of so small "
+                "a model. Keep the float weights, or quantize a larger one.",
+                stacklevel=2,
+            )
+        return written
 
     def reported(self, **known: Any) -> QuantizedModel:
         """Return the same weights with more known about them, and the size of the file that says so.

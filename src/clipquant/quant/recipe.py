@@ -11,6 +11,7 @@ from torch import nn
 
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.granularity import fitting_granularity
+from clipquant.quant.codes.size import coded_bytes
 from clipquant.quant.codes.spec import Granularity, QuantSpec, check_bits
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.methods.base import reads_data
@@ -71,8 +72,20 @@ class Recipe:
         return bool(self.solver.needs_data)
 
     def select(self, model: nn.Module) -> Selection:
-        """Return which weights of a model are quantized, and why others are not."""
-        return select(model, self.include, self.exclude)
+        """Return which weights of a model are quantized, and why others are not.
+
+        A weight that would take more bytes as codes stays in float, unless an override gives it bits, or
+        that is so of all.
+        """
+        selection = select(model, self.include, self.exclude)
+        specs = {target.name: self._asked(target) for target in selection.targets}
+        larger = {
+            target.name: f"would take more bytes as codes: {size:,} against {target.weight.nbytes:,}"
+            for target in selection.targets
+            if self.override(target.name) is None
+            and (size := coded_bytes(target.layout, specs[target.name])) > target.weight.nbytes
+        }
+        return selection.without(larger) if len(larger) < len(specs) else selection
 
     def specs(self, targets: Iterable[Target]) -> dict[str, QuantSpec]:
         """Return each weight's grid: `spec`, with the bits of the first override that matches.
@@ -84,9 +97,13 @@ class Recipe:
         check_globs([target.name for target in targets], overrides=self.overrides)
         return {target.name: self._spec_of(target) for target in targets}
 
-    def _spec_of(self, target: Target) -> QuantSpec:
+    def _asked(self, target: Target) -> QuantSpec:
+        """Return a weight's grid, a scale a channel where nothing else is said."""
         bits = self.override(target.name)
-        spec = self.spec if bits is None else _with_bits(self.spec, bits)
+        return self.spec if bits is None else _with_bits(self.spec, bits)
+
+    def _spec_of(self, target: Target) -> QuantSpec:
+        spec = self._asked(target)
         if self.granularity is not None:
             return spec
         matrix = target.layout.fold(target.weight.detach())

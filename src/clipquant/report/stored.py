@@ -44,7 +44,7 @@ def describe(report: QuantizationReport) -> dict[str, Any]:
         report: What to keep.
 
     Returns:
-        JSON-able: "report", and "details" (layers and trials), which a small file does without.
+        JSON-able: "report", and "details" (of single layers), which a small file does without.
     """
     return write_stored(
         StoredReport(

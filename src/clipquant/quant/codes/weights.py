@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from clipquant.errors import ArgumentError
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 
 
@@ -54,11 +57,30 @@ def rest_of(
     """Return copies of the tensors of a state dict that are neither quantized nor tied."""
     taken = set(taken) | set(aliases)
     state = model.state_dict()
-    return {
-        name: tensor.detach().clone().contiguous()
-        for name, tensor in state.items()
-        if name not in taken and isinstance(tensor, Tensor)
+    rest = {n: t for n, t in state.items() if n not in taken and _has_values(t)}
+    return {name: tensor.detach().clone().contiguous() for name, tensor in rest.items()}
+
+
+def _has_values(value: object) -> bool:
+    return isinstance(value, Tensor) and not is_lazy(value)
+
+
+def check_storable(state: Mapping[str, Tensor]) -> None:
+    """Raise for tensors that no file of ours can hold: sparse ones, and complex128.
+
+    Raises:
+        ArgumentError: Naming the tensors.
+    """
+    odd: dict[str, object] = {
+        n: t.layout for n, t in state.items() if t.layout is not torch.strided
     }
+    odd |= {n: t.dtype for n, t in state.items() if t.dtype is torch.complex128}
+    if odd:
+        named = ", ".join(f"{name} ({kind})" for name, kind in odd.items())
+        raise ArgumentError(
+            f"a quantized file holds dense tensors of up to 64 bits an element; got {named}. Register it with "
+            "persistent=False, or keep it dense (complex64 at most)."
+        )
 
 
 @dataclass(frozen=True)

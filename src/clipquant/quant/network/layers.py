@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.layout import Layout
-from clipquant.quant.codes.weights import LeftInFloat
+from clipquant.quant.codes.weights import LeftInFloat, check_storable
 
 _Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.EmbeddingBag)
@@ -60,6 +60,16 @@ class Selection:
     left: tuple[LeftInFloat, ...]
     aliases: dict[str, str]
 
+    def without(self, reasons: Mapping[str, str]) -> Selection:
+        """Return the selection without some of its targets: name -> why it stays in float."""
+        kept = tuple(target for target in self.targets if target.name not in reasons)
+        left = tuple(
+            LeftInFloat(target.name, target.weight.nbytes, reasons[target.name])
+            for target in self.targets
+            if target.name in reasons
+        )
+        return replace(self, targets=kept, left=(*self.left, *left))
+
 
 def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Selection:
     """Return which weights of a model are quantized; everything else is listed with its reason.
@@ -75,7 +85,9 @@ def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Se
     >>> [t.name for t in select(nn.Sequential(nn.Linear(2, 3), nn.ReLU())).targets]
     ['0.weight']
     """
-    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    held = model.state_dict(keep_vars=True).items()
+    state = {k: v for k, v in held if isinstance(v, Tensor) and not is_lazy(v)}
+    check_storable(state)
     check_globs(state, include=include, exclude=exclude)
     aliases = tied_keys(state)
     candidates = {target.name: target for target in weights_of(model)}
@@ -125,7 +137,9 @@ def unknown_weights(model: nn.Module) -> Iterator[Target]:
 
 def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
     own = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
-    if isinstance(module, _Transposed) and own.get("weight") is not None:
+    if _is_conv1d_of_transformers(module) and own.get("weight") is not None:
+        yield "weight", Layout(tuple(module.weight.shape), 1)  # type: ignore[arg-type]
+    elif isinstance(module, _Transposed) and own.get("weight") is not None:
         yield "weight", Layout(tuple(module.weight.shape), 1, module.groups)
     elif isinstance(module, _Weighted) and own.get("weight") is not None:
         yield "weight", Layout(tuple(module.weight.shape))
@@ -135,6 +149,14 @@ def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
     elif isinstance(module, _Recurrent):
         names = [name for name in own if name.startswith(("weight_ih", "weight_hh", "weight_hr"))]
         yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """Return whether a layer is GPT-2's: a Linear whose weight is (in, out), known without its package."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+        for kind in type(module).__mro__
+    )
 
 
 def tied_keys(state: dict[str, Tensor]) -> dict[str, str]:
