@@ -147,7 +147,7 @@ def forecasting_tft(**trainer: Any) -> None:
         time_varying_unknown_reals=["y"],
     )
     loader = data.to_dataloader(train=False, batch_size=32)
-    model = TemporalFusionTransformer.from_dataset(data, hidden_size=8, learning_rate=0.01)
+    model = TemporalFusionTransformer.from_dataset(data, hidden_size=32, learning_rate=0.01)
     pl.Trainer(**_quiet(**trainer)).fit(model, loader, loader)
 
 
@@ -212,7 +212,7 @@ def pyg_graphs(**trainer: Any) -> None:
     class Graphs(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.head = GIN(8, 16, 2), GraphLinear(16, 3)
+            self.net, self.head = GIN(8, 64, 2), GraphLinear(64, 3)
 
         def forward(self, data: Any) -> Any:
             x = global_mean_pool(self.net(data.x, data.edge_index), data.batch)
@@ -291,12 +291,12 @@ def scvi_vae(**trainer: Any) -> None:
     import numpy as np
     import scvi
 
-    counts = np.random.default_rng(0).poisson(2.0, (200, 40)).astype(np.float32)
+    counts = np.random.default_rng(0).poisson(2.0, (200, 200)).astype(np.float32)
     data = anndata.AnnData(counts)
     scvi.model.SCVI.setup_anndata(data)
     given = _quiet(**trainer)
     epochs = given.pop("max_epochs")
-    model = scvi.model.SCVI(data, n_hidden=32, n_latent=4)
+    model = scvi.model.SCVI(data, n_hidden=128, n_latent=8)
     model.train(max_epochs=epochs, train_size=0.8, check_val_every_n_epoch=1, **given)
 
 
@@ -330,7 +330,7 @@ def finetuning_schedule(**trainer: Any) -> None:
     class Layers(BoringModel):
         def __init__(self) -> None:
             super().__init__()
-            self.body = nn.Linear(32, 32)
+            self.body, self.layer = nn.Linear(32, 256), nn.Linear(256, 2)
 
         def forward(self, x: Any) -> Any:
             return self.layer(torch.relu(self.body(x)))

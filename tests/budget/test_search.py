@@ -165,7 +165,7 @@ def test_the_callback_keeps_both_budgets(problem: Any, tmp_path: Path, steps: bo
 
 
 def test_a_missed_budget_warns_or_raises(problem: Any, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"max_drop": 0.0, "max_size": 5000, "monitor": "acc", "mode": "max"}
+    asked: dict[str, Any] = {"max_drop": 0.0, "max_size": 3500, "monitor": "acc", "mode": "max"}
     warned = QuantizeOnFitEnd("auto", dirpath=tmp_path, **asked)
     with pytest.warns(UserWarning, match="Budget missed"):
         fit(problem, warned, tmp_path)

@@ -18,7 +18,7 @@ from clipquant.model.auto import AutoBits, Seen, quantize_auto
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.network.calibration import Calibration, Progress
 from clipquant.quant.network.layers import Target
-from clipquant.quant.widths.sensitivity import squared_gradients
+from clipquant.quant.widths.sensitivity import believed_gradients
 
 
 def choose_bits(
@@ -50,7 +50,7 @@ def choose_bits(
         rank_zero_info(f"Budget search, trial {next(trials)}: {goal.monitor} = {value}")
         return metrics
 
-    calibration = Calibration(found.batches, run_prepared, progress, loop=loop_on(road))
+    calibration = Calibration(found.batches, run_prepared, progress, loop=loop_on(found.on(road)))
     judged = measure if before else None
     quantized = quantize_auto(road.guest, goal, Seen(fisher, calibration), before, judged)
     return quantized.reported(calibration=f"{found.what}, by the {what}")
@@ -73,11 +73,11 @@ def sensitivities(
             return _squared(road, targets, train, loss), loss.what
         except Exception as error:  # the steps may not take these batches at all
             loss = Loss(f"divergence of the outputs ({type(error).__name__}: {error})"[:160])
-    return _squared(road, targets, found.batches, loss), loss.what
+    return _squared(found.on(road), targets, found.batches, loss), loss.what
 
 
 def _squared(
     road: Road, targets: Sequence[Target], batches: Sequence[Any], loss: Loss
 ) -> dict[str, Tensor]:
     calibration = Calibration(batches, run_prepared, loop=loop_on(road))
-    return squared_gradients(road.guest, targets, calibration, loss)
+    return believed_gradients(road.guest, targets, calibration, loss)

@@ -34,7 +34,7 @@ from clipquant.quant.network.state import kept, seeded
 from clipquant.quant.recipe import Recipe
 from clipquant.report.files import write_report
 from clipquant.report.progress import progress_bar
-from clipquant.report.record import Latency, QuantizationReport
+from clipquant.report.record import Budget, Latency, QuantizationReport
 from clipquant.report.table import print_summary
 
 FILE = "model.safetensors"
@@ -154,26 +154,10 @@ class FitEnd:
         settings, recipe, guest = self.settings, self.settings.recipe, road.guest
         data = None
         if found is not None and settings.wants_data(guest):
-            data = Calibration(found.batches, run_prepared, tell, loop=loop_on(road))
+            data = Calibration(found.batches, run_prepared, tell, loop=loop_on(found.on(road)))
         rungs: list[Rung] = []
         if settings.auto:
-            goal = settings.goal(self.trainer)
-            goal = replace(goal, monitor=logged_name(goal.monitor, before))
-            if found is not None:
-                rungs.append(
-                    Rung(
-                        "choosing bits by the budgets",
-                        lambda: choose_bits(road, goal, found, before, tell),
-                    )
-                )
-            if found is not None and goal.max_size is not None and goal.max_drop is not None:
-                alone = replace(goal, max_drop=None)
-                rungs.append(
-                    Rung(
-                        "choosing bits by the size alone",
-                        lambda: choose_bits(road, alone, found, {}, tell),
-                    )
-                )
+            rungs = [] if found is None else self._by_budgets(road, found, before, tell)
         elif data is not None:
             what = f"{found.what}{_refused(found)}" if found is not None else ""
             rungs.append(
@@ -183,6 +167,36 @@ class FitEnd:
                 )
             )
         return rungs + data_free_rungs(settings, guest, self.quantize)
+
+    def _by_budgets(
+        self, road: Road, found: Found, before: Mapping[str, float], tell: Progress | None
+    ) -> list[Rung]:
+        """Return the ways that search: by all budgets where they can be judged, then by the size alone."""
+        goal = self.settings.goal(self.trainer)
+        goal = replace(goal, monitor=logged_name(goal.monitor, before))
+        alone = replace(goal, max_drop=None)
+        judged = goal.max_drop is None or goal.monitor in before
+        rungs: list[Rung] = []
+        if judged:
+            what = "choosing bits by the budgets"
+            rungs.append(Rung(what, lambda: choose_bits(road, goal, found, before, tell)))
+        elif before:
+            self.failures.add_(
+                Failure(
+                    "keeping max_drop",
+                    f"it watches {goal.monitor!r}, which was never logged in validation; logged were "
+                    f"{', '.join(sorted(before))}",
+                    "it was not judged",
+                    "Set monitor to one of them.",
+                )
+            )
+        if goal.max_drop is not None and goal.max_size is not None:
+            what = "choosing bits by the size alone"
+            given = goal.max_drop
+            rungs.append(
+                Rung(what, lambda: _missing(choose_bits(road, alone, found, {}, tell), given))
+            )
+        return rungs
 
     def _reported(
         self, road: Road, made: QuantizedModel, before: Mapping[str, float]
@@ -261,6 +275,13 @@ class FitEnd:
             log_report(report, self.trainer.loggers, self.trainer.global_step)
         with self.failures.step("printing the summary", "the fit ends without it", later):
             print_summary(report)
+
+
+def _missing(made: QuantizedModel, max_drop: float) -> QuantizedModel:
+    """Return a model chosen by its size, with a budget that says what was not judged."""
+    budget = made.report.budget or Budget()
+    said = "; ".join(filter(None, (budget.failure, "max_drop could not be judged")))
+    return made.reported(budget=replace(budget, max_drop=max_drop, failure=said))
 
 
 def _refused(found: Found) -> str:

@@ -53,7 +53,14 @@ def rehearse(
             try_batches(road, found.batches)
             return [seen]
 
-    with open_road(trainer, module, probe, before=True) as road:
+    with (
+        failures.step(
+            "running the module aside",
+            "the weights will be quantized without data and not be judged",
+            "Set num_sanity_val_steps=0 to leave the rehearsal out.",
+        ),
+        open_road(trainer, module, probe, before=True) as road,
+    ):
         _judge_(road, settings, failures)
         if found is not None:
             _calibrate_(road, settings, found, failures)
@@ -124,12 +131,12 @@ def _calibrate_(road: Road, settings: Settings, found: Found, failures: Failures
         kept(road.guest, parameters=True),
         seeded(0),
     ):
+        if settings.auto:
+            sensitivities(road, targets, found)
         _quantize_one(road, settings, found, _smallest(targets))
 
 
 def _quantize_one(road: Road, settings: Settings, found: Found, target: Target) -> None:
-    if settings.auto:
-        sensitivities(road, [target], found)
     recipe = replace(settings.recipe, include=[target.name], exclude=None, overrides=None)
     calibration = Calibration(found.batches, run_prepared, loop=loop_on(road))
     quantize_by(recipe, road.guest, calibration)

@@ -101,3 +101,29 @@ def test_a_model_with_nothing_to_quantize_is_refused():
         select(nn.BatchNorm2d(3))
     with pytest.raises(ValueError, match=r"exclude=\['\*'\]"):
         select(nn.Linear(2, 2), exclude=["*"])
+
+
+class OwnLinear(nn.Module):
+    """Of no known class."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+        self.gain = nn.Parameter(torch.ones(4))
+
+
+def test_a_parameter_of_an_unknown_layer_is_quantized_where_include_names_it():
+    model = nn.Sequential(nn.Linear(3, 3), OwnLinear())
+    assert [t.name for t in select(model).targets] == ["0.weight"]
+    why = {item.name: item.why for item in select(model).left}["1.matrix"]
+    assert why == "OwnLinear is not a layer that is quantized unless its weight is named in include"
+    assert [t.name for t in select(model, include=["1.*"]).targets] == ["1.matrix"]
+
+
+def test_a_model_of_unknown_layers_alone_is_quantized():
+    assert [t.name for t in select(OwnLinear()).targets] == ["matrix"]
+
+
+def test_layers_that_are_not_built_yet_are_left():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(2))
+    assert [t.name for t in select(model).targets] == ["0.weight"]

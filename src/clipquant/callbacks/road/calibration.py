@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from clipquant.callbacks.road.precision import PLAIN, Precision
 from clipquant.callbacks.road.road import Road
 from clipquant.errors import RunError
 from clipquant.quant.network.calibration import EndLoop, Visit
+from clipquant.quant.network.layers import weights_of
 from clipquant.quant.network.state import kept, seeded
 
 
@@ -104,11 +105,17 @@ class Found:
         batches: The batches, as the loader gives them.
         what: Where they come from, in words.
         refused: Why sources before it would not do.
+        plain: Whether they are given to `forward`, since `validation_step` runs no layer.
     """
 
     batches: Sequence[Any]
     what: str
     refused: tuple[str, ...] = ()
+    plain: bool = False
+
+    def on(self, road: Road) -> Road:
+        """Return the road on which the batches run."""
+        return replace(road, plain=self.plain)
 
 
 def find_batches(road: Road, count: int) -> Found:
@@ -124,17 +131,27 @@ def find_batches(road: Road, count: int) -> Found:
         CalibrationError: If no source has any that run; says why for each.
     """
     refused: list[str] = []
-    for source in SOURCES:
-        try:
-            batches = source.batches(road, count)
-            if not batches:
-                refused.append(f"{source.what} gave no batch")
-                continue
-            try_batches(road, batches)
-            return Found(batches, f"{len(batches)} batches of {source.what}", tuple(refused))
-        except Exception as error:
-            refused.append(f"{source.what}: {type(error).__name__}: {error}")
-    raise CalibrationError("; ".join(_unique(refused)))
+    for plain in (False, True) if road.has_step else (False,):
+        for source in SOURCES:
+            found = _found(replace(road, plain=plain), source, count, refused)
+            if found is not None:
+                return found
+    raise CalibrationError("; ".join(dict.fromkeys(refused)))
+
+
+def _found(road: Road, source: Source, count: int, refused: list[str]) -> Found | None:
+    """Return a source's batches where they run layers of the guest; else None, and why."""
+    try:
+        batches = source.batches(road, count)
+        if not batches:
+            refused.append(f"{source.what} gave no batch")
+            return None
+        try_batches(road, batches)
+    except Exception as error:  # whatever a user's step or loader raises
+        refused.append(f"{source.what}: {type(error).__name__}: {error}")
+        return None
+    what = f"{len(batches)} batches of {source.what}{' through forward' if road.plain else ''}"
+    return Found(batches, what, tuple(refused), road.plain)
 
 
 def probe(road: Road) -> Any:
@@ -159,9 +176,8 @@ class CalibrationError(RunError):
 
 
 def try_batches(road: Road, batches: Sequence[Any]) -> None:
-    """Run the guest's step on the first of some batches; raises what it raises."""
-    loop_on(road)(batches, [0], lambda _, prepared: run_prepared(road.guest, prepared))
-
-
-def _unique(items: Sequence[str]) -> Iterator[str]:
-    return iter(dict.fromkeys(items))
+    """Run the guest's step on the first of some batches; raises what it raises, or where it runs no layer."""
+    with watched(road.guest) as seen:
+        loop_on(road)(batches, [0], lambda _, prepared: run_prepared(road.guest, prepared))
+    if not seen and next(weights_of(road.guest), None) is not None:
+        raise CalibrationError("the step runs no layer of the module")

@@ -152,10 +152,12 @@ def _no() -> bool:
 def _normal_(part: nn.Module) -> None:
     """Replace tensors that inference made, which nothing can learn from, by plain ones."""
     for held in (vars(part), part._buffers):
+        if not isinstance(held, dict):  # a compiled script's own
+            continue
         made = {k: t for k, t in held.items() if isinstance(t, Tensor) and t.is_inference()}
         held.update({name: tensor.clone() for name, tensor in made.items()})
-    for parameter in part._parameters.values():
-        if parameter is not None and parameter.is_inference():
+    for parameter in part.parameters(recurse=False):
+        if parameter.is_inference():
             parameter.data = parameter.data.clone()
 
 

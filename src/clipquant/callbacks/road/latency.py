@@ -40,9 +40,9 @@ def measure_latency(road: Road, state: Mapping[str, Tensor], found: Found) -> La
         _measure_(road, prepared, state, times)
         raise EndLoop
 
-    loop_on(road)(found.batches, [0], visit)
+    loop_on(found.on(road))(found.batches, [0], visit)
     before, after = (1e3 * statistics.median(own[1:]) for own in times)
-    what = "validation_step" if road.has_step else "forward"
+    what = "validation_step" if found.on(road).by_step else "forward"
     return Latency(before, after, size, torch.get_num_threads(), what)
 
 

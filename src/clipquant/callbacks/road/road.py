@@ -35,17 +35,24 @@ class Road:
         silence: Its loggers' stand-ins.
         before: Whether it is used before training: then no loader is asked for anew, and batches are
             those that the Trainer has prepared already.
+        plain: Whether batches are given to `forward` though there is a `validation_step`.
     """
 
     trainer: pl.Trainer
     guest: pl.LightningModule
     silence: Silence
     before: bool = False
+    plain: bool = False
 
     @property
     def has_step(self) -> bool:
         """Whether there is a `validation_step` of the user's own."""
         return is_overridden("validation_step", self.guest)
+
+    @property
+    def by_step(self) -> bool:
+        """Whether a batch is given to that step, not to `forward`."""
+        return self.has_step and not self.plain
 
     def run(
         self,
@@ -81,7 +88,7 @@ class Road:
     def _lay_(self, step: Step | None, hooks: bool) -> None:
         """Put what is done with a batch in the place of the guest's `validation_step`."""
         guest = self.guest
-        own = silently(guest.validation_step if self.has_step else functools.partial(_call, guest))
+        own = silently(guest.validation_step if self.by_step else functools.partial(_call, guest))
         if step is None:
             step = _seeded_step
         else:

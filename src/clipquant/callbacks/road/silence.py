@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _USELESS = (  # advice on loaders that the fit has given already
     ".*Total length of .* across ranks is zero.*",
     ".*`persistent_workers=True`.*",
 )
+_PLACES = ("name", "version", "save_dir", "root_dir", "log_dir")  # that every logger has
 
 
 class Silence:
@@ -101,24 +103,26 @@ def _silent(logger: Any, dummy: type) -> Any:
     class Silent(dummy):  # type: ignore[misc]
         """Takes whatever is logged and keeps none of it."""
 
-        name = property(lambda _: _plain(logger, "name", ""))
-        version = property(lambda _: _plain(logger, "version", ""))
-        save_dir = property(lambda _: _plain(logger, "save_dir", None))
-
         def __getattr__(self, name: str) -> Any:
-            value = _plain(logger, name, None)
+            value = _plain(logger, name)
             return super().__getattr__(name) if value is None else value
 
         def __deepcopy__(self, memo: Any) -> Any:
             return self
 
+    for name in _PLACES:
+        setattr(Silent, name, property(partial(_place, logger, name)))
     return Silent()
 
 
-def _plain(thing: Any, name: str, default: Any) -> Any:
+def _place(logger: Any, name: str, _silent: Any) -> Any:
+    return _plain(logger, name)
+
+
+def _plain(thing: Any, name: str) -> Any:
     """Return an attribute that is a name, a number or a path; nothing that could write."""
     with suppress(Exception):
         value = getattr(thing, name)
         if isinstance(value, (str, int, float, Path)):
             return value
-    return default
+    return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
@@ -56,8 +57,12 @@ def rest_of(
     """Return copies of the tensors of a state dict that are neither quantized nor tied."""
     taken = set(taken) | set(aliases)
     state = model.state_dict()
-    rest = {n: t for n, t in state.items() if n not in taken and isinstance(t, Tensor)}
+    rest = {n: t for n, t in state.items() if n not in taken and _has_values(t)}
     return {name: tensor.detach().clone().contiguous() for name, tensor in rest.items()}
+
+
+def _has_values(value: object) -> bool:
+    return isinstance(value, Tensor) and not is_lazy(value)
 
 
 def check_storable(state: Mapping[str, Tensor]) -> None:

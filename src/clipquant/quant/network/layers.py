@@ -85,7 +85,8 @@ def select(model: nn.Module, include: Globs = None, exclude: Globs = None) -> Se
     >>> [t.name for t in select(nn.Sequential(nn.Linear(2, 3), nn.ReLU())).targets]
     ['0.weight']
     """
-    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    held = model.state_dict(keep_vars=True).items()
+    state = {k: v for k, v in held if isinstance(v, Tensor) and not is_lazy(v)}
     check_storable(state)
     check_globs(state, include=include, exclude=exclude)
     aliases = tied_keys(state)
