@@ -53,6 +53,8 @@ REASONS = {
     "quant/methods/auto.py": "quant/methods/test_layerwise.py: the better of two methods",
     "quant/methods/gptq.py": "quant/methods/test_layerwise.py: against a slow reference",
     "quant/network/calibration.py": "callbacks/road/test_calibration.py and quant/methods/test_layerwise.py",
+    "quant/network/noise.py": "quant/network/test_moments.py: chance told from signal",
+    "quant/network/watches.py": "quant/methods/test_layerwise.py: every kind of layer, used once, twice or never",
     "quant/network/outputs.py": "quant/methods/test_adaround.py: outputs of every form",
     "quant/network/patches.py": "quant/methods/test_layerwise.py: convolutions against torch's own",
     "quant/packed/layers.py": "quant/packed/test_modules.py: every kind of layer",
