@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -328,11 +327,6 @@ def test_ctrl_c_says_that_nothing_was_quantized(tmp_path):
         signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 1
     assert not list(tmp_path.glob("*.safetensors"))
-
-
-def test_with_two_processes_each_module_holds_what_the_file_holds(in_two_processes):
-    script = Path(__file__).with_name("quantize_checks.py")
-    assert in_two_processes(script, "check_each_module_holds_what_the_file_holds") == ""
 
 
 class Normed(Small):

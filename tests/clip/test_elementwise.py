@@ -63,8 +63,8 @@ def test_norms_before_and_after_are_those_of_whole_tensors() -> None:
     before = [float(torch.linalg.vector_norm(t.to(torch.complex128))) for t in given]
     after = [float(torch.linalg.vector_norm(clamped(t).to(torch.complex128))) for t in given]
     outcome = clamp_(given, LIMIT, leave=True, tell=True, order=2.0)
-    assert outcome.before.tolist() == pytest.approx(before, rel=1e-5)
-    assert outcome.after.tolist() == pytest.approx(after, rel=1e-5)
+    assert outcome.before.each.tolist() == pytest.approx(before, rel=1e-5)
+    assert outcome.after.each.tolist() == pytest.approx(after, rel=1e-5)
 
 
 @pytest.mark.parametrize("order", [None, 2.0])
@@ -94,5 +94,5 @@ def test_indicators_count_their_ones_in_the_norm() -> None:
     outcome = indicate_(given, 0.3, leave=True, order=2.0)
     assert outcome.clipped
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
-    assert outcome.after.square().tolist() == pytest.approx([float(e.sum()) for e in expected])
+    assert outcome.after.each.square().tolist() == pytest.approx([float(e.sum()) for e in expected])
     assert not indicate_(given, 0.3, leave=True, order=2.0).clipped

@@ -19,7 +19,7 @@ def test_norms_are_measured_once_however_many_ask(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(module, "tensor_norms", counting)
     grads = Gradients([torch.zeros(2), torch.zeros(3)])
-    assert not grads.measured()
+    assert not grads.knows()
     assert float(grads.norm()) == 5.0
     assert grads.norms().tolist() == [3.0, 4.0]
     assert grads.select([1]).norms().tolist() == [4.0]

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipquant.clip import AGC, Gradients, Indicator, Norm, Value, clip_gradients_
+from clipquant.clip import AGC, Indicator, Norm, Value, clip_gradients_
+from clipquant.clip.apply import gather_
+from clipquant.clip.assign import assign
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=3), min_size=1, max_size=5)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -42,7 +44,8 @@ def test_what_is_written_is_what_clip_returns(
         "indicator": Indicator(0.3),
     }[kind]
     params = parameters(shapes, seed)
-    grads = Gradients(gradients(params))
+    twins = parameters(shapes, seed)
+    grads = gather_(assign(twins, rule), 1.0)
     plan, _ = rule.plan(grads, params, rule.init())
     expected = [rule.clip(g, p, plan) for g, p in zip(grads, params, strict=True)]
     before = gradients(params)

@@ -9,13 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipquant.clip import ClipRecord
+from clipquant.clip.measured import Measured
 from clipquant.clip.progress import Progress
 
+
+def norm(value: float) -> Measured:
+    return Measured(torch.tensor([value], dtype=torch.float64))
+
+
 KINDS = {
-    "plain": ClipRecord(grad_norm=1.0),
-    "clipped": ClipRecord(grad_norm=9.0, clipped=True),
-    "skipped": ClipRecord(grad_norm=float("inf"), skipped=True, nonfinite=("a", "b")),
-    "too large": ClipRecord(grad_norm=1e9, skipped=True),
+    "plain": ClipRecord(before=norm(1.0)),
+    "clipped": ClipRecord(before=norm(9.0), clipped=True),
+    "skipped": ClipRecord(before=norm(float("inf")), skipped=True, nonfinite=("a", "b")),
+    "too large": ClipRecord(before=norm(1e9), skipped=True),
 }
 STEPS = st.lists(st.sampled_from(sorted(KINDS)), max_size=30)
 
@@ -44,7 +50,7 @@ def test_a_checkpoint_without_pickled_classes_carries_everything(kinds: list[str
     progress = after([*kinds, "plain"])
     progress = Progress(**{**vars(progress), "state": {"mean": torch.tensor([1.5])}})
     progress = progress.after(
-        ClipRecord(grad_norm=2.0, skipped=True, state=progress.state), len(kinds) + 1
+        ClipRecord(before=norm(2.0), skipped=True, state=progress.state), len(kinds) + 1
     )
     file = io.BytesIO()
     torch.save(progress.state_dict(), file)
@@ -56,10 +62,10 @@ def test_a_checkpoint_without_pickled_classes_carries_everything(kinds: list[str
 
 def test_a_skip_says_its_step_norm_and_parameters() -> None:
     names = tuple(f"layer{i}.weight" for i in range(5))
-    record = ClipRecord(grad_norm=float("nan"), skipped=True, nonfinite=names)
+    record = ClipRecord(before=norm(float("nan")), skipped=True, nonfinite=names)
     (skip,) = Progress().after(record, 7).streak
     assert str(skip) == (
         "step 7: gradient norm nan, NaN or infinite in layer0.weight, layer1.weight, layer2.weight and 2 more"
     )
-    (spike,) = Progress().after(ClipRecord(grad_norm=123.456, skipped=True), 8).streak
+    (spike,) = Progress().after(ClipRecord(before=norm(123.456), skipped=True), 8).streak
     assert str(spike) == "step 8: gradient norm 123.5"

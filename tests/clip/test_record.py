@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from clipquant.clip import ClipRecord
+from clipquant.clip.measured import Measured
+
+
+def record(before: float | None, after: float | None) -> ClipRecord:
+    norms = [None if n is None else Measured(torch.tensor([n])) for n in (before, after)]
+    return ClipRecord(before=norms[0], after=norms[1])
 
 
 @pytest.mark.parametrize(
@@ -12,4 +19,4 @@ from clipquant.clip import ClipRecord
     [(4.0, 1.0, 0.25), (4.0, 4.0, 1.0), (0.0, 0.0, 1.0), (None, None, None), (2.0, None, None)],
 )
 def test_the_coefficient_is_the_share_of_the_norm_that_is_left(before, after, expected) -> None:
-    assert ClipRecord(grad_norm=before, grad_norm_clipped=after).clip_coef == expected
+    assert record(before, after).clip_coef == expected

@@ -39,8 +39,10 @@ def test_scales_write_only_what_they_change() -> None:
 def test_norms_after_are_arithmetic_or_measured() -> None:
     grads, params = example()
     grads.norms()
-    assert Scale(torch.tensor(0.5)).norms_after(grads, params, 2.0).tolist() == [2.5, 0.0]
+    assert Scale(torch.tensor(0.5)).norms_after(grads, params, 2.0).each.tolist() == [2.5, 0.0]
     each = ScaleEach({id(params[0]): 0.1, id(params[1]): 1.0})
-    assert each.norms_after(grads, params, 2.0).tolist() == pytest.approx([0.5, 0.0])
+    assert each.norms_after(grads, params, 2.0).each.tolist() == pytest.approx([0.5, 0.0])
     Clamp(1.0).write_(grads, params)
-    assert Clamp(1.0).norms_after(grads, params, 2.0).tolist() == pytest.approx([math.sqrt(2), 0])
+    assert Clamp(1.0).norms_after(grads, params, 2.0).each.tolist() == pytest.approx(
+        [math.sqrt(2), 0]
+    )

@@ -47,8 +47,10 @@ def test_all_at_once_equals_each_row_by_itself(scale: float) -> None:
     outcome = scale_units_(grads, weights, LIMITS)
     for grad, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-9)
-    assert outcome.before.tolist() == pytest.approx(before, rel=1e-5)
-    assert outcome.after.tolist() == pytest.approx([float(e.norm()) for e in expected], rel=1e-5)
+    assert outcome.before.each.tolist() == pytest.approx(before, rel=1e-5)
+    assert outcome.after.each.tolist() == pytest.approx(
+        [float(e.norm()) for e in expected], rel=1e-5
+    )
 
 
 def test_units_within_are_untouched_bit_for_bit() -> None:
@@ -66,7 +68,9 @@ def test_more_gradients_than_one_block_holds() -> None:
     outcome = scale_units_(grads, weights, LIMITS)
     for grad, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-9)
-    assert outcome.after.tolist() == pytest.approx([float(e.norm()) for e in expected], rel=1e-5)
+    assert outcome.after.each.tolist() == pytest.approx(
+        [float(e.norm()) for e in expected], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-4, 3e-2, 1.0], ids=["all within", "near", "all beyond"])
@@ -87,7 +91,9 @@ def test_long_rows_equal_each_row_by_itself(scale: float, block: int) -> None:
         same = (want == original.double()).flatten(1).all(1)
         assert torch.equal(grad[same], original[same])
     assert outcome.clipped == (scale > 1e-4)
-    assert outcome.after.tolist() == pytest.approx([float(e.norm()) for e in expected], rel=1e-5)
+    assert outcome.after.each.tolist() == pytest.approx(
+        [float(e.norm()) for e in expected], rel=1e-5
+    )
 
 
 def test_a_row_beyond_its_limit_is_found_after_a_first_eighth_that_is_large() -> None:

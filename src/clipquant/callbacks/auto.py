@@ -18,7 +18,7 @@ from clipquant.model.auto import AutoBits, Seen, quantize_auto
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.network.calibration import Calibration, Progress
 from clipquant.quant.network.layers import Target
-from clipquant.quant.widths.sensitivity import squared_gradients
+from clipquant.quant.widths.sensitivity import believed_gradients
 
 
 def choose_bits(
@@ -80,4 +80,4 @@ def _squared(
     road: Road, targets: Sequence[Target], batches: Sequence[Any], loss: Loss
 ) -> dict[str, Tensor]:
     calibration = Calibration(batches, run_prepared, loop=loop_on(road))
-    return squared_gradients(road.guest, targets, calibration, loss)
+    return believed_gradients(road.guest, targets, calibration, loss)

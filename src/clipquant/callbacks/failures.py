@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from clipquant.errors import RunError
+
+_log = logging.getLogger("clipquant")
 
 
 class QuantizationError(RunError):
@@ -72,3 +76,17 @@ class Failures:
     def told(self) -> tuple[str, ...]:
         """Return the failures in words."""
         return tuple(map(str, self.items))
+
+
+def tell_rank(trainer: pl.Trainer, failures: Sequence[Failure], seconds: float) -> None:
+    """Let every one of several processes say what failed: each may write to a log of its own.
+
+    Args:
+        trainer: Tells the process.
+        failures: What failed in the first process, whose result is everybody's.
+        seconds: How long this process waited for the others.
+    """
+    if failures:
+        said = "; ".join(map(str, failures))
+        place = f"rank {trainer.global_rank} of {trainer.world_size}"
+        _log.warning("%s: %s It waited %.0f s for the others.", place, said, seconds)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +13,9 @@ from clipquant.budget import BudgetError
 from clipquant.callbacks.checkpoint import check_best
 from clipquant.callbacks.delivery import Parcel, hand_over, register, send_back
 from clipquant.callbacks.export import check_formats, check_installed
-from clipquant.callbacks.failures import Failure, QuantizationError
+from clipquant.callbacks.failures import Failure, QuantizationError, tell_rank
 from clipquant.callbacks.fit_end import FitEnd, Outcome
+from clipquant.callbacks.folder import folder_of
 from clipquant.callbacks.lightning import Callback
 from clipquant.callbacks.quantize_checks import (
     check_budgets,
@@ -39,8 +38,6 @@ from clipquant.quant.methods import Method
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.recipe import Recipe
 from clipquant.report.record import QuantizationReport
-
-_log = logging.getLogger("clipquant")
 
 
 def quantize(
@@ -81,7 +78,8 @@ class QuantizeOnFitEnd(Callback):
         export: Further formats to write beside the file: "pt2" (`model.pt2`), "onnx" (`model.onnx`),
             "onnx-int8" (`model.int8.onnx`), "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
-        on_fail: What to do when a budget cannot be met.
+        on_fail: Whether a missed budget, or a step that fails after training, is an error once all that could
+            be done is on disk ("raise"), or a warning that says what was done instead ("warn").
 
     Attributes:
         report: After the fit, the `QuantizationReport`.
@@ -163,7 +161,7 @@ bits='auto' with max_drop or max_size to have it chosen.
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out before training that there is something to quantize and a place for it."""
-        self._folder = self._folder_of(trainer)
+        self._folder = folder_of(trainer, self, _quantizers(trainer))
         error: Exception | None = None
         try:
             if is_built(pl_module):
@@ -222,7 +220,8 @@ bits='auto' with max_drop or max_size to have it chosen.
             outcome = self._outcome(trainer, pl_module)
             waited = time.monotonic()
             outcome = from_first(outcome)
-            _tell_rank(trainer, outcome, time.monotonic() - waited)
+            if several():
+                tell_rank(trainer, outcome.failures, time.monotonic() - waited)
         self.report, self.artifact_path = outcome.report, outcome.path
         if outcome.state:
             pl_module.load_state_dict(dict(outcome.state), strict=False)
@@ -239,7 +238,7 @@ bits='auto' with max_drop or max_size to have it chosen.
 
     def _outcome(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
         """Return what came of the fit's end; an Outcome that says why where nothing did."""
-        folder = self._folder or self._folder_of(trainer)
+        folder = self._folder or folder_of(trainer, self, _quantizers(trainer))
         work = FitEnd(self.settings, trainer, folder, lambda *asked: quantize(*asked))
         try:
             return work.run(pl_module)
@@ -276,30 +275,6 @@ bits='auto' with max_drop or max_size to have it chosen.
         if quantizers[-1] is self:
             first._floats = None
 
-    def _folder_of(self, trainer: pl.Trainer) -> Path:
-        """Return where files go. Every process must ask: the log directory is told by the first."""
-        base = trainer.log_dir or trainer.default_root_dir
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # A dry run goes the whole way, and must not write where a real one has.
-            return Path(from_first(tempfile.mkdtemp(prefix="clipquant-fast-dev-run-")))
-        if self.dirpath is not None:
-            return Path(self.dirpath)
-        unnamed = [other for other in _quantizers(trainer) if other.dirpath is None]
-        number = unnamed.index(self)
-        return Path(base) / (f"quantized-{number + 1}" if number else "quantized")
-
 
 def _quantizers(trainer: pl.Trainer) -> list[QuantizeOnFitEnd]:
     return [c for c in trainer.callbacks if isinstance(c, QuantizeOnFitEnd)]  # type: ignore[attr-defined]
-
-
-def _tell_rank(trainer: pl.Trainer, outcome: Outcome, seconds: float) -> None:
-    """Let every one of several processes say what failed: each may write to a log of its own."""
-    if several() and outcome.failures:
-        _log.warning(
-            "rank %d of %d: %s It waited %.0f s for the others.",
-            trainer.global_rank,
-            trainer.world_size,
-            "; ".join(map(str, outcome.failures)),
-            seconds,
-        )

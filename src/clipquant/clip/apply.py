@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +12,13 @@ from torch import Tensor
 from clipquant.clip.assign import Assignment, Params, Part, assign
 from clipquant.clip.finite import OnNonfinite, check_policy, nonfinite_members, zero_nonfinite_
 from clipquant.clip.gradients import Gradients, writable
-from clipquant.clip.norms import combine_norms
+from clipquant.clip.measured import Measured
 from clipquant.clip.plan import Plan, plan_of
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule, State
 from clipquant.clip.scale import Scale
 
 
-@torch.no_grad()
 def clip_gradients_(
     params: Params,
     rule: Rule | float,
@@ -89,32 +88,30 @@ def clip_assigned_(
     Raises:
         FloatingPointError: A gradient is not finite, under "raise".
     """
-    present = tuple(i for i, param in enumerate(assignment.params) if param.grad is not None)
-    if not present:
-        return ClipRecord(state=dict(state or {}))
-    job = _Job(assignment, present, _collect_(assignment, present, loss_scale), dict(state or {}))
-    whole = assignment.whole
+    job = _Job(assignment, gather_(assignment, loss_scale), state or {})
+    if not job.grads.tensors:
+        return ClipRecord(state=dict(job.state))
+    only = assignment.whole if len(assignment.parts) == 1 else None
     streams = skip_above is None and on_nonfinite in ("skip", "leave", "propagate")
-    single = len(assignment.parts) == 1
-    if streams and single and whole is not None and getattr(whole.rule, "local", False):
-        record = _clip_local_(job, whole, on_nonfinite != "propagate", measure)
+    if streams and only is not None and getattr(only.rule, "local", False):
+        record = _clip_local_(job, only, on_nonfinite != "propagate", measure)
         skip = on_nonfinite == "skip" and bool(record.nonfinite)
         return _without_gradients_(record, assignment.params) if skip else record
-    record = ClipRecord()
+    nonfinite: tuple[str, ...] = ()
     if on_nonfinite != "propagate":
         damaged = nonfinite_members(job.grads, job.order)
-        record = replace(record, nonfinite=job.names(damaged))
+        nonfinite = job.names(damaged)
         if damaged and on_nonfinite == "raise":
-            raise FloatingPointError(_describe(record.nonfinite))
+            raise FloatingPointError(_describe(nonfinite))
         if damaged and on_nonfinite == "leave":
-            return job.record(record, job.grads.norms(job.order), None)
+            return job.record(nonfinite=nonfinite, before=job.grads.measured(job.order))
         if damaged and on_nonfinite == "zero":
             job = _zero_(job, damaged)
-    over = skip_above is not None and float(job.grads.norm(job.order)) > skip_above
-    if over or (on_nonfinite == "skip" and record.nonfinite):
-        record = job.record(record, job.grads.norms(job.order), None)
+    over = skip_above is not None and job.grads.measured(job.order).total > skip_above
+    if over or (on_nonfinite == "skip" and nonfinite):
+        record = job.record(nonfinite=nonfinite, before=job.grads.measured(job.order))
         return _without_gradients_(record, assignment.params)
-    return _clip_parts_(job, record, measure, defer)
+    return _clip_parts_(job, nonfinite, measure, defer)
 
 
 def remove_gradients_(params: Iterable[Tensor]) -> None:
@@ -123,6 +120,7 @@ def remove_gradients_(params: Iterable[Tensor]) -> None:
         param.grad = None
 
 
+_SMALL = 1 << 16  # elements of all gradients together
 _SMALLEST = 1e-30  # the inverse of a coefficient must be a float32
 
 
@@ -131,7 +129,6 @@ class _Job:
     """One call's gradients and what belongs to them."""
 
     assignment: Assignment
-    present: tuple[int, ...]
     grads: Gradients
     state: State
 
@@ -140,32 +137,27 @@ class _Job:
         return self.assignment.order
 
     def names(self, members: Iterable[int]) -> tuple[str, ...]:
-        return tuple(self.assignment.names[self.present[i]] for i in members)
+        names, positions = self.assignment.names, self.grads.positions
+        return tuple([names[positions[i]] for i in members])
 
     def params(self, members: Sequence[int]) -> Sequence[Tensor]:
-        if len(members) == len(self.assignment.params):
-            return self.assignment.params
-        return [self.assignment.params[self.present[i]] for i in members]
+        params, positions = self.assignment.params, self.grads.positions
+        if len(members) == len(params):
+            return params
+        return [params[positions[i]] for i in members]
 
-    def record(self, record: ClipRecord, before: Tensor | None, after: Tensor | None) -> ClipRecord:
-        """Return the record with the norms, and the state where the record has none."""
-        missing = len(self.present) < len(self.assignment.names)
-        return replace(
-            record,
-            grad_norm=None if before is None else float(combine_norms(before, self.order)),
-            grad_norm_clipped=None if after is None else float(combine_norms(after, self.order)),
-            norms=before,
-            norms_clipped=after,
-            names=self.names(range(len(self.present))) if missing else self.assignment.names,
-            groups=self.grads.groups,
-            order=self.order,
-            state=record.state or self.state,
-        )
+    def record(self, **found: Any) -> ClipRecord:
+        """Return the record with the names, and the state where none was found."""
+        grads, names = self.grads, self.assignment.names
+        if len(grads.positions) < len(names):
+            names = self.names(range(len(grads)))
+        found.setdefault("state", self.state)
+        return ClipRecord(names=names, groups=grads.groups, order=self.order, **found)
 
 
 def _without_gradients_(record: ClipRecord, params: Sequence[Tensor]) -> ClipRecord:
     remove_gradients_(params)
-    return replace(record, grad_norm_clipped=0.0, norms_clipped=None, clipped=False, skipped=True)
+    return replace(record, after=None, clipped=False, skipped=True)
 
 
 def _zero_(job: _Job, damaged: Iterable[int]) -> _Job:
@@ -180,58 +172,85 @@ def _clip_local_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecor
     What is not finite stays as it is. Under "skip" other gradients are clipped already then, but the step is left out
     as a whole.
     """
-    params = job.params(range(len(job.grads)))
-    decision, own = part.rule.plan(job.grads, params, part.state(job.state))
+    grads = job.grads
+    params = job.params(range(len(grads)))
+    decision, own = part.rule.plan(grads, params, part.state(job.state))
+    order = job.order if measure else None
     outcome = plan_of(part.rule, decision).write_(
-        job.grads,
-        params,
-        leave=watch,
-        tell=watch or measure,
-        order=job.order if measure else None,
+        grads, params, leave=watch, tell=watch or measure, order=order
     )
-    norms, clipped_norms = outcome.before, outcome.after
     if watch and not outcome.finite:
-        known = job.grads if norms is None else job.grads.with_norms(norms, job.order)
+        known = grads if outcome.before is None else grads.with_norms(outcome.before)
         damaged = job.names(nonfinite_members(known, job.order))
-        return job.record(ClipRecord(nonfinite=damaged, state=job.state), norms, None)
-    state = {**job.state, **part.prefixed(own)}
-    record = job.record(ClipRecord(clipped=outcome.clipped, state=state), norms, clipped_norms)
-    return replace(record, nonzero_share=outcome.nonzero_share)
+        return job.record(nonfinite=damaged, before=outcome.before)
+    return job.record(
+        clipped=outcome.clipped,
+        before=outcome.before,
+        after=outcome.after,
+        nonzero_share=outcome.nonzero_share,
+        state={**job.state, **part.prefixed(own)} if own or job.state else {},
+    )
 
 
-def _clip_parts_(job: _Job, record: ClipRecord, measure: bool, defer: bool) -> ClipRecord:
+def _clip_parts_(job: _Job, nonfinite: tuple[str, ...], measure: bool, defer: bool) -> ClipRecord:
     """Clip by each part's rule, all of whose plan is made before anything of the part is written."""
-    everything = job.grads
-    before = everything.norms(job.order) if measure else None
-    after = None if before is None else before.clone()
+    everything, order = job.grads, job.order
+    before = everything.measured(order) if measure or everything.knows(order) else None
+    after, state = before, job.state
+    clipped, deferred, share = False, None, None
     seen: set[int] = set()  # gradients that an earlier part has changed
-    index = {position: i for i, position in enumerate(job.present)}
-    state, share = job.state, None
-    for part in job.assignment.parts:
-        members = [index[position] for position in part.members if position in index]
-        if not members:
-            continue
+    for part, members in _present(job):
         grads = everything if len(members) == len(everything) else everything.select(members)
         if not seen.isdisjoint(members):
             grads = grads.unmeasured()
         params = job.params(members)
         decision, own = part.rule.plan(grads, params, part.state(state))
         plan = plan_of(part.rule, decision)
-        state = {**state, **part.prefixed(own)}
+        state = {**state, **part.prefixed(own)} if own else state
         deferred = _deferrable(plan) if defer and part is job.assignment.whole else None
         if deferred is not None:
-            record = replace(record, deferred=deferred)
-            clipped = deferred != 1.0
+            changed = deferred != 1.0
         else:
             outcome = plan.write_(grads, params)
-            clipped, share = outcome.clipped, outcome.nonzero_share if measure else None
-            seen |= set(members) if clipped else set()
-        record = replace(record, clipped=record.clipped or clipped)
-        if clipped and after is not None:
-            after[members] = plan.norms_after(grads, params, job.order).to(after.dtype)
-    if before is None and job.grads.measured(job.order):
-        before = job.grads.norms(job.order)
-    return job.record(replace(record, state=state, nonzero_share=share), before, after)
+            changed, share = outcome.clipped, outcome.nonzero_share if measure else None
+        if not changed:
+            continue
+        clipped = True
+        seen.update(members)
+        if measure and after is not None:
+            norms = plan.norms_after(grads, params, order)
+            after = norms if len(members) == len(everything) else _replaced(after, members, norms)
+    if before is None and everything.knows(order):
+        before = everything.measured(order)
+    return job.record(
+        clipped=clipped,
+        nonfinite=nonfinite,
+        deferred=deferred,
+        before=before,
+        after=after if measure else None,
+        nonzero_share=share,
+        state=state,
+    )
+
+
+def _present(job: _Job) -> Iterator[tuple[Part, Sequence[int]]]:
+    """Yield each part with the indices of its gradients among those present, where there are any."""
+    positions = job.grads.positions
+    complete = len(positions) == len(job.assignment.params)
+    index = None if complete else {position: i for i, position in enumerate(positions)}
+    for part in job.assignment.parts:
+        members: Sequence[int] = part.members
+        if index is not None:
+            members = [index[position] for position in members if position in index]
+        if members:
+            yield part, members
+
+
+def _replaced(norms: Measured, members: Sequence[int], own: Measured) -> Measured:
+    """Return the norms with those of some gradients replaced."""
+    each = norms.each.clone()
+    each[list(members)] = own.each.to(each.dtype)
+    return Measured(each, norms.order)
 
 
 def _deferrable(plan: Plan) -> float | None:
@@ -240,26 +259,37 @@ def _deferrable(plan: Plan) -> float | None:
     return coefficient if coefficient > _SMALLEST else None
 
 
-def _collect_(assignment: Assignment, present: Sequence[int], loss_scale: float) -> Gradients:
-    """Return the gradients, each brought to a form whose stored values can be clipped in place."""
-    tensors = []
-    for i in present:
-        grad = assignment.params[i].grad
+def gather_(assignment: Assignment, loss_scale: float) -> Gradients:
+    """Return the gradients that there are, each brought to a form whose stored values can be clipped in place."""
+    tensors: list[Tensor] = []
+    present: list[int] = []
+    small, total = True, 0
+    for i, param in enumerate(assignment.params):
+        grad = param.grad
         if grad is None:
             continue
         if (
-            type(grad) is not Tensor
-            or grad.layout is not torch.strided
-            or grad.is_complex()
-            or not grad.is_contiguous()
-            or grad.is_inference()
+            type(grad) is Tensor
+            and grad.dtype is torch.float32
+            and grad.is_cpu
+            and grad.layout is torch.strided
+            and grad.is_contiguous()
+            and not grad.is_inference()
         ):
-            assignment.params[i].grad = grad = writable(grad)
+            count = grad.numel()
+            total += count
+            small = small and count > 0
+        else:
+            small = False
+            ready = writable(grad)
+            if ready is not grad:
+                param.grad = grad = ready
         tensors.append(grad)
-    groups = assignment.groups
+        present.append(i)
+    groups: Sequence[int] = assignment.groups
     if len(present) < len(groups):
-        groups = tuple(groups[i] for i in present)
-    return Gradients(tensors, groups, present, loss_scale)
+        groups = [groups[i] for i in present]
+    return Gradients(tensors, groups, present, loss_scale, small and total <= _SMALL)
 
 
 def _describe(names: Sequence[str]) -> str:

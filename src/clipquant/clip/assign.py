@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,14 +80,14 @@ class Assignment:
     groups: tuple[int, ...]
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def whole(self) -> Part | None:
         """The last part, if it and all before it cover every parameter."""
         count = len(self.params)
         whole = self.parts and all(len(part.members) == count for part in self.parts)
         return self.parts[-1] if whole else None
 
-    @property
+    @cached_property
     def order(self) -> float:
         """Order of the norm that a rule reads anyway, so that one pass serves it and the record."""
         if not self.parts:
@@ -122,6 +123,12 @@ def assign(
         ('0', '1')
     """
     main = as_rule(rule)
+    if type(params) is list and chosen is None and not names:
+        kept = tuple({id(param): param for param in params}.values())
+        if set(map(type, kept)) <= {nn.Parameter}:  # the common case, without what only others need
+            members = tuple(range(len(kept)))
+            parts = tuple(_stages(main, members)) if members else ()
+            return Assignment(kept, tuple(map(str, members)), (0,) * len(kept), parts)
     known = dict(names or {})
     entries: dict[int, tuple[Tensor, int]] = {}
     overrides: dict[int, Any] = {}
@@ -133,14 +140,14 @@ def assign(
             entries.setdefault(id(param), (param, index))
             if name is not None:
                 known.setdefault(id(param), name)
-    kept = list(entries.values())
-    if kept:
-        _check_parameters([param for param, _ in kept])
-    clipped = [i for i, (param, _) in enumerate(kept) if chosen is None or chosen(param)]
-    groups = tuple(group for _, group in kept)
+    kept = tuple([param for param, _ in entries.values()])
+    _check_parameters(kept)
+    clipped = [i for i, param in enumerate(kept) if chosen is None or chosen(param)]
+    groups = tuple([group for _, group in entries.values()])
+    names_of_all = [known.get(id(param), str(i)) for i, param in enumerate(kept)] if known else ()
     return Assignment(
-        params=tuple(param for param, _ in kept),
-        names=tuple(known.get(id(param), str(i)) for i, (param, _) in enumerate(kept)),
+        params=kept,
+        names=tuple(names_of_all or map(str, range(len(kept)))),
         groups=groups,
         parts=_parts(main, overrides, clipped, groups),
     )
@@ -189,8 +196,11 @@ def _groups(params: Params) -> Sequence[Mapping[str, Any]]:
     return [{"params": items}]
 
 
-def _check_parameters(tensors: Iterable[Any]) -> None:
+def _check_parameters(tensors: Sequence[Any]) -> None:
     """Refuse what is no tensor, and tensors none of which can have a gradient, such as the gradients themselves."""
+    types = set(map(type, tensors))
+    if types <= {nn.Parameter}:
+        return
     kinds = [tensor for tensor in tensors if not isinstance(tensor, Tensor)]
     if kinds:
         raise ArgumentTypeError(
@@ -214,7 +224,7 @@ def _has_gradient(tensor: Tensor) -> bool:
 def _parts(
     main: Rule, overrides: Mapping[int, Any], clipped: list[int], groups: tuple[int, ...]
 ) -> tuple[Part, ...]:
-    rest = tuple(i for i in clipped if groups[i] not in overrides)
+    rest = tuple([i for i in clipped if groups[i] not in overrides] if overrides else clipped)
     parts = _stages(main, rest) if rest else []
     for group, override in overrides.items():
         members = tuple(i for i in clipped if groups[i] == group)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipquant.clip.blocks import Block, blocks, gather_norms
+from clipquant.clip.measured import Measured
 from clipquant.clip.norms import bounded_norms, value_norms
 from clipquant.clip.outcome import Outcome
 
@@ -81,8 +82,10 @@ def _stream_(
             clipped, clipped_norms = True, value_norms(block.values, order)
         before.append((block, norms))
         after.append((block, clipped_norms))
-    norms_before = gather_norms(before, len(tensors), order)
-    norms_after = gather_norms(after, len(tensors), order) if clipped else norms_before
+    norms_before = Measured(gather_norms(before, len(tensors), order), order)
+    norms_after = norms_before
+    if clipped:
+        norms_after = Measured(gather_norms(after, len(tensors), order), order)
     return Outcome(clipped, finite, norms_before, norms_after)
 
 

@@ -39,7 +39,8 @@ def nonfinite_members(gradients: Gradients, order: float = 2.0) -> tuple[int, ..
 
     Args:
         gradients: The gradients of one step.
-        order: Order of the norm to read; norms measured before are not measured again.
+        order: Order of the norm to read; norms measured before are not measured again. Below 1 a sum of many roots
+            may overflow, so that order 2 is read instead.
 
     Returns:
         Indices in ascending order; empty where every element is finite.
@@ -48,6 +49,9 @@ def nonfinite_members(gradients: Gradients, order: float = 2.0) -> tuple[int, ..
         >>> nonfinite_members(Gradients([torch.ones(2), torch.tensor([1.0, float("nan")])]))
         (1,)
     """
+    order = order if order >= 1 else 2.0
+    if math.isfinite(gradients.measured(order).total):
+        return ()
     return tuple(
         i for i, norm in enumerate(gradients.norms(order).tolist()) if not math.isfinite(norm)
     )

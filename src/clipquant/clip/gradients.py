@@ -7,9 +7,11 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from clipquant.clip.norms import combine_norms, tensor_norms
+from clipquant.clip.measured import Measured
+from clipquant.clip.norms import tensor_norms
 
 
 class Gradients(Sequence[Tensor]):
@@ -20,6 +22,7 @@ class Gradients(Sequence[Tensor]):
         groups: Index of the parameter group of each gradient; all 0 where not given.
         positions: Position of each gradient's parameter among all parameters, stable from step to step.
         loss_scale: Factor that the tensors still carry; norms are given without it.
+        small: Whether they are plain float32 tensors on a CPU, together so small that a call costs more than a copy.
 
     Example:
         >>> Gradients([torch.tensor([3.0]), torch.tensor([4.0])]).norm()
@@ -32,39 +35,63 @@ class Gradients(Sequence[Tensor]):
         groups: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
         loss_scale: float = 1.0,
+        small: bool = False,
     ) -> None:
         self.tensors = tuple(tensors)
-        self.groups = tuple(groups) if groups is not None else (0,) * len(self.tensors)
-        self.positions = (
-            tuple(positions) if positions is not None else tuple(range(len(self.tensors)))
-        )
-        self.loss_scale = loss_scale
-        self._norms: dict[float, Tensor] = {}
+        count = len(self.tensors)
+        self.groups = tuple(groups) if groups is not None else (0,) * count
+        self.positions = tuple(positions) if positions is not None else tuple(range(count))
+        self.loss_scale, self.small = loss_scale, small
+        self._joined: Tensor | None = None
+        self._measured: dict[float, Measured] = {}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each gradient."""
+        return tuple([tensor.numel() for tensor in self.tensors])
+
+    @property
+    def joined(self) -> Tensor | None:
+        """A copy of all elements in one vector, made once; None where the gradients are not small and plain."""
+        if self.small and self._joined is None:
+            joined = _flatten_dense_tensors(self.tensors)
+            # Of a single tensor it is a view, not a copy.
+            self._joined = joined if len(self.tensors) > 1 else joined.clone()
+        return self._joined
+
+    def measured(self, order: float = 2.0) -> Measured:
+        """Return the norms as they are now; of small gradients none is computed before it is read."""
+        if order not in self._measured:
+            factor = 1.0 / self.loss_scale
+            joined = self.joined
+            if joined is not None:
+                self._measured[order] = Measured(joined, order, self.sizes, factor)
+            else:
+                norms = tensor_norms(self.tensors, order)
+                self._measured[order] = Measured(norms, order, factor=factor)
+        return self._measured[order]
 
     def norms(self, order: float = 2.0) -> Tensor:
         """Return the norm of each gradient, shape (len(self),)."""
-        if order not in self._norms:
-            measured = tensor_norms(self.tensors, order)
-            self._norms[order] = measured if self.loss_scale == 1.0 else measured / self.loss_scale
-        return self._norms[order]
+        return self.measured(order).each
 
     def norm(self, order: float = 2.0) -> Tensor:
         """Return the norm of all gradients seen as one vector, a scalar tensor."""
-        return combine_norms(self.norms(order), order)
+        return self.measured(order).norm
 
-    def measured(self, order: float = 2.0) -> bool:
+    def knows(self, order: float = 2.0) -> bool:
         """Return whether the norms of this order are known already, so that asking costs nothing."""
-        return order in self._norms
+        return order in self._measured
 
-    def with_norms(self, norms: Tensor, order: float) -> Gradients:
+    def with_norms(self, norms: Measured) -> Gradients:
         """Return the same gradients with norms that were measured elsewhere."""
-        known = self.select(range(len(self)))
-        known._norms = {**self._norms, order: norms}
-        return known
+        same = self.unmeasured()
+        same._measured = {**self._measured, norms.order: norms}
+        return same
 
     def unmeasured(self) -> Gradients:
         """Return the same gradients without norms, for when their elements have changed."""
-        return Gradients(self.tensors, self.groups, self.positions, self.loss_scale)
+        return Gradients(self.tensors, self.groups, self.positions, self.loss_scale, self.small)
 
     def select(self, members: Sequence[int]) -> Gradients:
         """Return the gradients at these indices; norms known already are not measured again."""
@@ -74,7 +101,10 @@ class Gradients(Sequence[Tensor]):
             [self.positions[i] for i in members],
             self.loss_scale,
         )
-        part._norms = {order: norms[list(members)] for order, norms in self._norms.items()}
+        part._measured = {
+            order: Measured(norms.each[list(members)], order)
+            for order, norms in self._measured.items()
+        }
         return part
 
     @overload

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from clipquant.clip.gradients import Gradients
+from clipquant.clip.measured import Measured
 from clipquant.clip.shards import reduce_any, reduce_norms
 
 
@@ -17,16 +16,20 @@ class Outcome:
     Args:
         clipped: Whether any gradient was changed.
         finite: False where a gradient was found not to be finite, and left as it was.
-        before: Norm of each gradient before, where asked for.
-        after: Norm of each gradient after.
+        before: Norms before, where asked for.
+        after: Norms after; `before` itself where nothing was changed.
         nonzero_share: Share of the elements that are one, of a plan that writes zeros and ones.
     """
 
     clipped: bool
     finite: bool = True
-    before: Tensor | None = None
-    after: Tensor | None = None
+    before: Measured | None = None
+    after: Measured | None = None
     nonzero_share: float | None = None
+
+    def unmeasured(self) -> Outcome:
+        """Return the outcome without norms, for who did not ask for them."""
+        return replace(self, before=None, after=None)
 
     def on_all_processes(self, grads: Gradients, order: float | None) -> Outcome:
         """Return the outcome on all processes, its norms without the factor that the gradients still carry.
@@ -36,8 +39,15 @@ class Outcome:
             order: Order of its norms.
         """
         clipped, broken = reduce_any([self.clipped, not self.finite], grads)
-        before, after = (
-            None if n is None else reduce_norms(n, grads.tensors, order or 2.0) / grads.loss_scale
-            for n in (self.before, self.after)
-        )
+        before = after = _whole(self.before, grads, order)
+        if self.after is not self.before:
+            after = _whole(self.after, grads, order)
         return replace(self, clipped=clipped, finite=not broken, before=before, after=after)
+
+
+def _whole(norms: Measured | None, grads: Gradients, order: float | None) -> Measured | None:
+    if norms is None:
+        return None
+    order = order or 2.0
+    whole = reduce_norms(norms.each, grads.tensors, order)
+    return Measured(whole, order, factor=1.0 / grads.loss_scale)

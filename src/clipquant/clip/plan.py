@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clipquant.clip.gradients import Gradients
+from clipquant.clip.measured import Measured
 from clipquant.clip.norms import value_norms
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.rule import Rule
@@ -53,16 +54,13 @@ class Plan(ABC):
         ...
 
     @abstractmethod
-    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
+    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Measured:
         """Return the norms after `write_`: by arithmetic where the plan allows it, else measured.
 
         Args:
             grads: The gradients, whose norms from before are known.
             params: Their parameters.
             order: Order of the norm.
-
-        Returns:
-            Shape (len(grads),).
         """
         ...
 
@@ -92,7 +90,7 @@ class Mapped(Plan):
         order: float | None = None,
     ) -> Outcome:
         before = _local_norms(grads, order) if leave or order is not None else None
-        finite = before is None or all(map(math.isfinite, before.tolist()))
+        finite = before is None or all(map(math.isfinite, before.each.tolist()))
         if leave and not finite:
             return Outcome(False, False, before, before).on_all_processes(grads, order)
         results = [self._result(grad, param) for grad, param in zip(grads, params, strict=True)]
@@ -104,8 +102,8 @@ class Mapped(Plan):
         after = _local_norms(grads, order) if clipped and before is not None else before
         return Outcome(clipped, True, before, after).on_all_processes(grads, order)
 
-    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
-        return grads.unmeasured().norms(order)
+    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Measured:
+        return grads.unmeasured().measured(order)
 
     def _result(self, grad: Tensor, param: Tensor) -> Tensor:
         result = self.clip(grad, param)
@@ -123,5 +121,6 @@ def plan_of(rule: Rule, decision: Any) -> Plan:
     return decision if isinstance(decision, Plan) else Mapped(rule, decision)
 
 
-def _local_norms(grads: Gradients, order: float | None) -> Tensor:
-    return value_norms([local_values(grad) for grad in grads], order or 2.0)
+def _local_norms(grads: Gradients, order: float | None) -> Measured:
+    order = order or 2.0
+    return Measured(value_norms([local_values(grad) for grad in grads], order), order)

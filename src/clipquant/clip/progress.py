@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -65,16 +66,17 @@ class Progress:
             record: What was done to its gradients.
             step: Its number.
         """
-        skip = Skip(
-            step, float("nan") if record.grad_norm is None else record.grad_norm, record.nonfinite
-        )
-        return replace(
-            self,
-            steps=self.steps + 1,
-            clipped_steps=self.clipped_steps + record.clipped,
-            skipped_steps=self.skipped_steps + record.skipped,
-            streak=(*self.streak, skip) if record.skipped else (),
-            state=record.state,
+        streak: tuple[Skip, ...] = ()
+        if record.skipped:  # else nobody needs the norm, which may not be measured yet
+            norm = record.grad_norm
+            skip = Skip(step, math.nan if norm is None else norm, record.nonfinite)
+            streak = (*self.streak, skip)
+        return Progress(
+            self.steps + 1,
+            self.clipped_steps + record.clipped,
+            self.skipped_steps + record.skipped,
+            streak,
+            record.state,
         )
 
     def fitting(self, assignment: Assignment, tell: Callable[[str], object]) -> Progress:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipquant.clip.gradients import Gradients
+from clipquant.clip.measured import Measured
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.plan import Plan
 from clipquant.clip.shards import local_values
@@ -17,9 +18,9 @@ from clipquant.clip.shards import local_values
 
 @dataclass(frozen=True)
 class Scale(Plan):
-    """Multiply every gradient by one coefficient, a scalar tensor in [0, 1] that does not amplify."""
+    """Multiply every gradient by one coefficient, a number or scalar tensor in [0, 1]: it does not amplify."""
 
-    coefficient: Tensor
+    coefficient: Tensor | float
 
     def clip(self, grad: Tensor, param: Tensor) -> Tensor:
         return grad * float(self.coefficient)
@@ -36,11 +37,12 @@ class Scale(Plan):
         coefficient = float(self.coefficient)
         if coefficient == 1.0:
             return Outcome(clipped=False)
-        torch._foreach_mul_([local_values(grad) for grad in grads], coefficient)
+        tensors = grads.tensors if grads.small else [local_values(grad) for grad in grads]
+        torch._foreach_mul_(tensors, coefficient)
         return Outcome(clipped=True)
 
-    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
-        return grads.norms(order) * self.coefficient
+    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Measured:
+        return grads.measured(order).scaled(float(self.coefficient))
 
 
 @dataclass(frozen=True)
@@ -68,33 +70,35 @@ class ScaleEach(Plan):
             torch._foreach_mul_(values, [coefficients[i] for i in clipped])
         return Outcome(bool(clipped))
 
-    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
+    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Measured:
         before = grads.norms(order)
-        return before * before.new_tensor([self.coefficients[id(param)] for param in params])
+        own = before.new_tensor([self.coefficients[id(param)] for param in params])
+        return Measured(before * own, order)
 
 
-def scale_each(coefficients: Tensor, params: Sequence[Tensor]) -> ScaleEach:
+def scale_each(coefficients: Sequence[float], params: Sequence[Tensor]) -> ScaleEach:
     """Return the plan that gives each parameter's gradient its coefficient, in the order of `params`."""
-    return ScaleEach(dict(zip(map(id, params), coefficients.tolist(), strict=True)))
+    return ScaleEach(dict(zip(map(id, params), coefficients, strict=True)))
 
 
-def norm_coefficient(norm: Tensor, limit: float) -> Tensor:
+def norm_coefficient(norm: float, limit: float) -> float:
     """Return `min(1, limit / (norm + 1e-6))`, the factor that brings a norm down to `limit`.
 
     Args:
-        norm: Norms, any shape.
-        limit: Largest norm.
+        norm: A norm.
+        limit: Largest norm; an infinite one changes nothing.
 
     Returns:
-        Factors in [0, 1] of the shape of `norm`; NaN where the norm is. All 1 for an infinite limit.
+        A factor in [0, 1]; NaN where the norm is.
 
     Example:
-        >>> norm_coefficient(torch.tensor([0.5, 4.0]), 1.0)
-        tensor([1.0000, 0.2500])
+        >>> norm_coefficient(0.5, 1.0), round(norm_coefficient(4.0, 1.0), 6)
+        (1.0, 0.25)
     """
     if limit == math.inf:
-        return torch.ones_like(norm)
-    return (limit / (norm + 1e-6)).clamp(max=1.0)
+        return 1.0
+    coefficient = limit / (norm + 1e-6)
+    return min(coefficient, 1.0)
 
 
 def shrinkage(norm: Tensor, limit: float | Tensor) -> Tensor:

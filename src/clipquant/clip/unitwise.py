@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from clipquant.clip.measured import Measured
 from clipquant.clip.norms import EXACT, norms_of_owners, value_norms, vector_norm
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.shards import local_values, reduce_parts, sharded_dims
@@ -21,10 +22,17 @@ _LONG = 1024  # elements of a row; of shorter ones a part takes as long to read 
 
 @dataclass(frozen=True)
 class UnitLimits:
-    """The largest norm of each unit of a gradient: `ratio` times the norm of the weight's unit, at least `eps`."""
+    """The largest norm of each unit of a gradient: `ratio` times the norm of the weight's unit, at least `eps`.
+
+    Args:
+        ratio: Largest norm relative to the weight's.
+        eps: What a weight's norm counts as at least.
+        axis: Axis of tensors with two or more axes along which the units lie.
+    """
 
     ratio: float
     eps: float
+    axis: int = 0
 
     def coefficients(self, grad_norms: Tensor, weight_norms: Tensor) -> Tensor:
         """Return the factor of each unit: `min(1, ratio * max(|w|, eps) / max(|g|, 1e-6))`.
@@ -43,22 +51,28 @@ class UnitLimits:
         return weight_norms.clamp(min=self.eps).mul_(self.ratio)
 
 
-def unit_norms(tensor: Tensor) -> Tensor:
-    """Return the 2-norm of each unit: of each slice along the first axis, or of the whole tensor below two axes.
+def front(tensor: Tensor, axis: int) -> Tensor:
+    """Return a view of a tensor with two or more axes in which its units lie along the first; any other as it is."""
+    return tensor if axis == 0 or tensor.ndim < 2 else tensor.movedim(axis, 0)
+
+
+def unit_norms(tensor: Tensor, axis: int = 0) -> Tensor:
+    """Return the 2-norm of each unit: of each slice along an axis, or of the whole tensor below two axes.
 
     Args:
         tensor: A strided or distributed tensor of any floating or complex dtype.
+        axis: The axis along which the units lie.
 
     Returns:
-        float32 (float64 for double), of a shape that multiplies `tensor`: (rows, 1, ..., 1), or a scalar; of a
-        distributed tensor the rows of the local shard.
+        float32 (float64 for double), of a shape that multiplies `front(tensor, axis)`: (units, 1, ..., 1), or a scalar;
+        of a distributed tensor the units of the local shard.
 
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
         tensor([[5.],
                 [2.]])
     """
-    values = local_values(tensor)
+    values = front(local_values(tensor), axis)
     values = values.abs() if values.is_complex() else values
     values = values if values.dtype in EXACT else values.float()
     norms = _kept_norms(values, tensor.ndim)
@@ -67,8 +81,9 @@ def unit_norms(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         placements = tensor.placements
         dims = sharded_dims(tensor)
-        if tensor.ndim > 1:  # a shard along the first axis holds its units as a whole
-            dims = tuple(d for d in dims if getattr(placements[d], "dim", None) != 0)
+        if tensor.ndim > 1:  # a shard along the units' axis holds its units as a whole
+            own = axis % tensor.ndim
+            dims = tuple(d for d in dims if getattr(placements[d], "dim", None) != own)
         return reduce_parts(norms, tensor.device_mesh, dims, 2.0) if dims else norms
     return norms
 
@@ -95,6 +110,9 @@ def scale_units_(
         The outcome on this process, with norms of order 2 where asked for.
     """
     plain = [_is_plain(g) and _is_plain(p) for g, p in zip(grads, params, strict=True)]
+    if limits.axis != 0:
+        grads = [front(g, limits.axis) if plain[i] else g for i, g in enumerate(grads)]
+        params = [front(p, limits.axis) if plain[i] else p for i, p in enumerate(params)]
     scaled: list[_Scaled] = []
     for group in _grouped(grads, params, plain):
         # A part of the weights decides only where nothing is clipped, and is read for nothing elsewhere.
@@ -109,11 +127,45 @@ def scale_units_(
     finite = all(each.finite for each in scaled)
     if not measure:
         return Outcome(clipped, finite)
-    before = _norms_of_grads([(each.owners, each.before) for each in scaled], len(grads))
+    before = Measured(_norms_of_grads([(s.owners, s.before) for s in scaled], len(grads)))
     if not clipped:
         return Outcome(clipped, finite, before, before)
-    after = _norms_of_grads([(each.owners, each.after) for each in scaled], len(grads))
+    after = Measured(_norms_of_grads([(s.owners, s.after) for s in scaled], len(grads)))
     return Outcome(clipped, finite, before, after)
+
+
+def scale_small_(
+    grads: Sequence[Tensor], params: Sequence[Tensor], limits: UnitLimits
+) -> Outcome | None:
+    """Scale small plain gradients as `scale_units_` does, in as few calls as there can be.
+
+    Returns:
+        The outcome, its norms of order 2 left to whoever reads them; None, and nothing changed, where a unit is not
+        finite, its squares overflow or it is to become zero.
+    """
+    if limits.axis != 0:
+        grads = [front(grad, limits.axis) for grad in grads]
+        params = [front(param, limits.axis) for param in params]
+    units = _units(grads)
+    sizes = [unit.numel() for unit in units]
+    norms = torch.cat(units)
+    coefficients = limits.coefficients(norms, torch.cat(_units(params)))
+    least = coefficients.min().item()
+    if not least > 0:
+        return None
+    before = Measured(norms, 2.0, sizes)
+    if least >= 1:
+        return Outcome(False, True, before, before)
+    for grad, own in zip(grads, coefficients.split(sizes), strict=True):
+        grad.mul_(own.view([-1, *[1] * (grad.ndim - 1)] if grad.ndim else ()))
+    return Outcome(True, True, before, Measured(norms * coefficients, 2.0, sizes))
+
+
+def _units(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms of the units of each tensor as a vector."""
+    vectors = [tensor for tensor in tensors if tensor.ndim < 2]
+    own = iter(torch._foreach_norm(vectors) if vectors else ())
+    return [next(own).view(1) if t.ndim < 2 else _row_norms(t) for t in tensors]
 
 
 @dataclass(frozen=True)
@@ -216,8 +268,9 @@ def _scale_odd_(owner: int, grad: Tensor, param: Tensor, limits: UnitLimits) -> 
     if grad.layout is torch.sparse_coo:
         values, coefficients = _sparse_units(grad, param, limits)
     else:
-        values = local_values(grad)
-        coefficients = limits.coefficients(unit_norms(grad), unit_norms(param))
+        values = front(local_values(grad), limits.axis)
+        own = (unit_norms(tensor, limits.axis) for tensor in (grad, param))
+        coefficients = limits.coefficients(*own)
     before = after = value_norms([values])
     if values.numel() > 0 and not bool((coefficients >= 1).all()):
         values.mul_(coefficients.to(values.dtype))

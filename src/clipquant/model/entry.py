@@ -27,7 +27,7 @@ from clipquant.quant.network.layers import Globs
 from clipquant.quant.network.twin import twin_of
 from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
-from clipquant.quant.widths.sensitivity import output_divergence, squared_gradients
+from clipquant.quant.widths.sensitivity import believed_gradients, output_divergence
 from clipquant.report.progress import progress_bar
 
 
@@ -150,7 +150,7 @@ def _seen(model: nn.Module, recipe: Recipe, calibration: Calibration) -> Seen:
     def loss(guest: nn.Module, batch: Any) -> tuple[Tensor, int]:
         return output_divergence(calibration.forward(guest, batch), generator)
 
-    fisher = squared_gradients(guest, recipe.select(guest).targets, calibration, loss)
+    fisher = believed_gradients(guest, recipe.select(guest).targets, calibration, loss)
     return Seen(fisher, calibration)
 
 

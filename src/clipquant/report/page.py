@@ -261,6 +261,7 @@ def _provenance(report: QuantizationReport) -> str:
         ("sha256", report.sha256),
         ("calibration data", report.calibration or "none: chosen from the weights alone"),
         ("seed", report.seed),
+        ("failed", "; ".join(report.failures)),
         *report.environment.items(),
     ]
     timed = report.latency

@@ -52,8 +52,9 @@ def fit(tmp_path, **arguments):
 
 
 def test_low_widths_are_calibrated_through_the_validation_step(tmp_path):
-    callback = fit(tmp_path)
+    callback = fit(tmp_path, method="gptq")
     assert [layer.method for layer in callback.report.layers] == ["gptq"]
+    assert callback.report.calibration == "8 batches of the train dataloader"
 
 
 def test_the_same_seed_gives_the_same_file(tmp_path):
@@ -63,4 +64,5 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
 
 def test_zero_batches_are_data_free(tmp_path):
     callback = fit(tmp_path, calibration_batches=0)
+    assert callback.report.calibration == ""
     assert [layer.method for layer in callback.report.layers] == ["mse"]

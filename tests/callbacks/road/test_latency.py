@@ -91,7 +91,22 @@ def test_without_a_validation_step_forward_is_timed(monkeypatch: Any) -> None:
     assert found.what == "forward"
 
 
-def test_a_step_that_does_not_run_is_told() -> None:
+def test_a_step_that_takes_no_train_batch_gives_way_to_forward() -> None:
     module = Choosy()
-    with pytest.raises(CalibrationError, match="two inputs wanted"):
+    assert measure_latency(fitted(module), module, module.state_dict()).what == "forward"
+
+
+class Hopeless(Choosy):
+    """Nor has it a forward that does."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return self.layer(batch[0]).square().mean()
+
+    def forward(self, x: Any, y: Any) -> Any:
+        raise KeyError("y")
+
+
+def test_batches_that_nothing_takes_are_told() -> None:
+    module = Hopeless()
+    with pytest.raises(CalibrationError, match=r"two inputs wanted.*missing 1 required"):
         measure_latency(fitted(module), module, module.state_dict())

@@ -82,7 +82,7 @@ class AdaGC(Rule):
         telling = clipped.isfinite() & (norms > 0) & grads.norm().isfinite()
         means[list(grads.positions)] = torch.where(telling, following, own)
         coefficients = torch.where(telling, coefficients, torch.ones_like(norms))
-        return scale_each(coefficients, params), {
+        return scale_each(coefficients.tolist(), params), {
             "steps": state["steps"] + int(telling.any()),
             "means": means,
         }

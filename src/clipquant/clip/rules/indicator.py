@@ -10,6 +10,7 @@ from torch import Tensor
 from clipquant.clip.checks import check_number
 from clipquant.clip.elementwise import indicate_
 from clipquant.clip.gradients import Gradients
+from clipquant.clip.measured import Measured
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.plan import Plan
 from clipquant.clip.rule import Rule, State
@@ -38,8 +39,8 @@ class Indicate(Plan):
         outcome = outcome.on_all_processes(grads, order)
         return replace(outcome, nonzero_share=share_of_ones(grads) if outcome.finite else None)
 
-    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
-        return grads.unmeasured().norms(order)
+    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Measured:
+        return grads.unmeasured().measured(order)
 
 
 def share_of_ones(grads: Gradients) -> float:

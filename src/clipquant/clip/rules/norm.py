@@ -90,13 +90,14 @@ class Norm(Rule):
     ) -> tuple[Scale | ScaleEach, State]:
         limit, state = self._limit(state)
         if self.scope == "global":
-            return Scale(norm_coefficient(grads.norm(self.order), limit)), state
+            return Scale(norm_coefficient(grads.measured(self.order).total, limit)), state
         norms = grads.norms(self.order)
         if self.scope == "group":
             index = sorted(set(grads.groups))
             totals = norms_by_group(norms, grads.groups, self.order)
             norms = totals[[index.index(group) for group in grads.groups]]
-        return scale_each(norm_coefficient(norms, limit), params), state
+        coefficients = [norm_coefficient(norm, limit) for norm in norms.tolist()]
+        return scale_each(coefficients, params), state
 
     def clip(self, grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
         return plan.clip(grad, param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from clipquant.clip.checks import check_number
 from clipquant.clip.elementwise import clamp_
 from clipquant.clip.gradients import Gradients
+from clipquant.clip.measured import Measured
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.plan import Plan
 from clipquant.clip.rule import Rule, State
@@ -36,11 +38,32 @@ class Clamp(Plan):
         tell: bool = True,
         order: float | None = None,
     ) -> Outcome:
+        if grads.small:
+            return self._write_small_(grads, leave, tell or order is not None, order)
         outcome = clamp_(grads.tensors, self.limit, leave, tell, order)
         return outcome.on_all_processes(grads, order)
 
-    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Tensor:
-        return grads.unmeasured().norms(order)
+    def _write_small_(
+        self, grads: Gradients, leave: bool, tell: bool, order: float | None
+    ) -> Outcome:
+        """Look at all gradients at once; their norms are left to whoever reads them."""
+        joined = grads.joined if tell or leave else None
+        if joined is not None:
+            low, high = (extreme.item() for extreme in torch.aminmax(joined))
+            before = None if order is None else grads.measured(order)
+            if leave and not (low > -math.inf and high < math.inf):
+                return Outcome(False, False, before, before)
+            if -self.limit <= low and high <= self.limit:
+                return Outcome(False, True, before, before)
+            after = None if before is None else before.limited(self.limit / grads.loss_scale)
+        else:
+            before = after = None
+        torch._foreach_clamp_min_(grads.tensors, -self.limit)
+        torch._foreach_clamp_max_(grads.tensors, self.limit)
+        return Outcome(True, True, before, after)
+
+    def norms_after(self, grads: Gradients, params: Sequence[Tensor], order: float) -> Measured:
+        return grads.unmeasured().measured(order)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,39 @@ def squared_gradients(
     Source:
         The diagonal of the empirical Fisher information, LeCun et al. 1990 ("Optimal Brain Damage").
     """
+    sums, _, count = _collected(model, targets, calibration, loss)
+    return {target.name: total / count for target, total in zip(targets, sums, strict=True)}
+
+
+def believed_gradients(
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration, loss: Loss
+) -> dict[str, Tensor]:
+    """Return E[g^2] of each weight as far as the data are to be believed; see `believed`.
+
+    Weights that are looked up are as they were seen: what no batch looks up has a rule of its own.
+
+    Args:
+        model: In eval mode.
+        targets: Its weights.
+        calibration: Batches; `loss` takes each as the loop brings it.
+        loss: Gives the mean loss of a batch, with a graph, and the number of its samples.
+
+    Raises:
+        ValueError: As `squared_gradients`.
+    """
+    sums, squares, count = _collected(model, targets, calibration, loss)
+    return {
+        target.name: total / count
+        if is_lookup(model, target)
+        else believed(total / count, square / count, count)
+        for target, total, square in zip(targets, sums, squares, strict=True)
+    }
+
+
+def _collected(
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration, loss: Loss
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Return the sums of g^2, those of the squares of each row's sum, and how many batches there were."""
     sums = [torch.zeros(t.layout.rows, t.layout.columns) for t in targets]
     squares = [torch.zeros(t.layout.rows, dtype=torch.float64) for t in targets]
     weights = [target.weight for target in targets]
@@ -77,12 +110,7 @@ def squared_gradients(
             "no weight to quantize has a gradient: the loss does not depend on them. Check that the model runs "
             "its layers on the batch and does not detach their outputs."
         )
-    return {
-        target.name: total / count
-        if is_lookup(model, target)
-        else believed(total / count, square / count, count)
-        for target, total, square in zip(targets, sums, squares, strict=True)
-    }
+    return sums, squares, count
 
 
 def believed(fisher: Tensor, square: Tensor, pieces: int) -> Tensor:
