@@ -105,14 +105,14 @@ def test_report_and_compare_from_files_alone(tmp_path, capsys, monkeypatch):
     assert "Budget met" in out
     assert "score (monitored)" in out
     assert main(["report", str(auto), "--html", str(tmp_path / "a.html")]) == 0
-    assert "The search for the budget" in (tmp_path / "a.html").read_text()
+    assert "Budget met" in (tmp_path / "a.html").read_text()
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) is None)
     assert main(["report", str(auto), "--open"]) == 0
     assert main(["report", str(auto), "--html", str(tmp_path / "b.html"), "--open"]) == 0
     pages = [Path(unquote(urlparse(url).path)) for url in opened]
     assert pages[1] == tmp_path / "b.html"
-    assert all("The search for the budget" in page.read_text() for page in pages)
+    assert all("Budget met" in page.read_text() for page in pages)
     monkeypatch.setattr(webbrowser, "open", lambda url: False)
     capsys.readouterr()
     assert main(["report", str(auto), "--html", str(tmp_path / "b.html"), "--open"]) == 1

@@ -45,13 +45,14 @@ def test_every_rule_is_known_by_its_short_name():
 
     import clipquant.clip as clip
 
-    arguments = {"Value": {"limit": 0.5}, "Norm": {"max_norm": 2.0}}
+    value = {"class_path": "Value", "init_args": {"limit": 0.5}}
+    arguments = {"Value": {"limit": 0.5}, "Norm": {"max_norm": 2.0}, "Chain": {"rules": [value]}}
     parser = ArgumentParser()
     parser.add_argument("--rule", type=float | clip.Rule)
     rules = [
-        value
-        for value in vars(clip).values()
-        if isinstance(value, type) and issubclass(value, clip.Rule)
+        known
+        for known in vars(clip).values()
+        if isinstance(known, type) and issubclass(known, clip.Rule)
     ]
     for rule in rules:
         if rule is not clip.Rule:

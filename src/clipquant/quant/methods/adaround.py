@@ -18,9 +18,9 @@ from clipquant.quant.methods.mse import Mse
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.layers import bias_of, check_finite
-from clipquant.quant.network.moments import uses
 from clipquant.quant.network.outputs import distance, outputs_of
 from clipquant.quant.network.twin import Twin
+from clipquant.quant.network.watches import uses
 
 _BIAS_RATE = 1e-3  # of Adam, in outputs that inputs of unit variance give
 _KEPT = 1 << 28  # bytes of float outputs kept for the next pass over the data; others are made anew

@@ -15,8 +15,9 @@ from clipquant.quant.codes.ranges import mse_grid
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.methods.base import Found, Problem, matrix_of, weight_of
 from clipquant.quant.network.layers import Target, bias_of, check_finite, is_lookup
-from clipquant.quant.network.moments import Moments, Use, observe, uses, watches_of
+from clipquant.quant.network.moments import Moments, observe
 from clipquant.quant.network.twin import Twin
+from clipquant.quant.network.watches import Use, uses, watches_of
 
 MOST_PASSES = 24  # passes over the calibration data; deeper networks observe several layers in one
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipquant.errors import ArgumentError, RunError
-from clipquant.quant.network.calibration import Calibration, EndLoop, Forward
+from clipquant.errors import ArgumentError
+from clipquant.quant.network.calibration import Calibration, Forward
 from clipquant.quant.network.decisions import Decisions
-from clipquant.quant.network.layers import Target, weights_of
-from clipquant.quant.network.patches import Reader, heads_output, patches, reader_of
+from clipquant.quant.network.layers import Target
+from clipquant.quant.network.noise import Noise
+from clipquant.quant.network.patches import patches
 from clipquant.quant.network.twin import Twin
+from clipquant.quant.network.watches import watched_calls, watches_of
 
 HESSIAN_LIMIT = 1 << 30  # bytes of one weight's second moments; above, only their diagonal is kept
 _POSITIONS = 4096  # of one chunk of patches: neighbours in an image say nearly the same
@@ -80,7 +80,7 @@ class _Sums:
             self.goal = torch.zeros_like(weight)
             self.energy, self.output = x.new_zeros(2, *weight.shape[:2])
             self.mean = x.new_zeros(groups, columns)
-            self.noise = _Noise(x)
+            self.noise = Noise(x)
         y = f @ weight.mT
         if self.full:
             self._add_hessian_(x)
@@ -112,186 +112,6 @@ class _Sums:
         return Moments(
             hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n, noise
         )
-
-
-class _Noise:
-    """How much the off-diagonal part of second moments differs from piece to piece of the data.
-
-    Columns are scaled to like size, so that loud inputs do not drown quiet ones.
-
-    Source:
-        Schaefer and Strimmer 2005, "A shrinkage approach to large-scale covariance matrix estimation",
-        with pieces of the data, whose positions may be alike, in place of single positions.
-    """
-
-    def __init__(self, first: Tensor) -> None:
-        size = first.square().mean(1, keepdim=True)  # (groups, 1, columns)
-        self.scale = torch.where(size > 0, size, torch.inf).rsqrt()
-        self.pieces, self.squares, self.single = 0, 0.0, 0.0
-
-    def add_(self, part: Tensor) -> None:
-        """Add a piece by its sum of x x^T, (groups, columns, columns)."""
-        self._count_(_off_diagonal(part * self.scale * self.scale.mT))
-
-    def add_gram_(self, x: Tensor) -> None:
-        """Add a piece by its inputs, (groups, positions, columns), fewer than there are columns."""
-        scaled = x * self.scale
-        squares = scaled.square()
-        lengths = squares.sum(2).square().sum() - squares.square().sum()
-        self.single += float(lengths)  # each position as a piece of its own
-        gram = scaled @ scaled.mT
-        self._count_(gram.square().sum() - squares.sum(1).square().sum())
-
-    def _count_(self, square: Tensor) -> None:
-        self.pieces += 1
-        self.squares += float(square)
-
-    def share(self, total: Tensor) -> float:
-        """Return the part of the square of the sum over all pieces that is chance."""
-        whole = float(_off_diagonal(total * self.scale * self.scale.mT))
-        if whole <= 0:
-            return 0.0
-        if self.pieces == 1:
-            return min(self.single / whole, 1.0)
-        spread = (self.squares - whole / self.pieces) * self.pieces / (self.pieces - 1)
-        return min(max(spread / whole, 0.0), 1.0)
-
-
-def _off_diagonal(matrix: Tensor) -> Tensor:
-    """Return the sum of the squares off the diagonal of (groups, columns, columns)."""
-    return matrix.square().sum() - matrix.diagonal(dim1=1, dim2=2).square().sum()
-
-
-@dataclass(frozen=True)
-class Watch:
-    """One place where a weight is used: the module whose calls tell its inputs, and how to read them."""
-
-    module: nn.Module
-    target: Target
-    read: Reader
-
-
-@dataclass(frozen=True)
-class Use:
-    """How a weight was met in one forward pass: when first, with which inputs, how often."""
-
-    order: int
-    inputs: tuple[int, ...]
-    calls: int
-
-
-def watches_of(model: nn.Module, target: Target) -> tuple[list[Watch], list[str]]:
-    """Return where in `model` a weight is used, tied uses included, and why a use cannot be read."""
-    projections = {
-        id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
-    }
-    watches, reasons = [], []
-    for place in _places(model, target):
-        parent = projections.get(id(place.module))
-        read = reader_of(place) if parent is None else partial(heads_output, parent)
-        if isinstance(read, str):
-            reasons.append(read)
-        else:
-            watches.append(Watch(place.module if parent is None else parent, place, read))
-    return watches, reasons
-
-
-def _places(model: nn.Module, target: Target) -> Iterator[Target]:
-    """Yield each weight of `model` that is the target's tensor."""
-    held = target.name.rpartition(".")
-    owner = model.get_submodule(held[0])
-    weight = getattr(owner, held[2])
-    for place in weights_of(model):
-        if place.weight is weight:
-            yield place
-
-
-@contextmanager
-def _hooked(watches: Sequence[Watch], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Call `see(index of the watch, inputs)` at every call of a watched module."""
-    busy = False
-
-    def hook(index: int, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal busy
-        if busy:
-            return
-        busy = True  # reading an attention's heads runs it again
-        try:
-            see(index, watches[index].read((args, kwargs, output)))
-        finally:
-            busy = False
-
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it would pass the layers by
-    handles = [
-        watch.module.register_forward_hook(partial(hook, index), with_kwargs=True)
-        for index, watch in enumerate(watches)
-    ]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in handles:
-            handle.remove()
-
-
-def uses(targets: Sequence[Target], model: nn.Module, calibration: Calibration) -> dict[str, Use]:
-    """Return how each weight that the data reach is used, in the order of first use.
-
-    As few batches are run as it takes to meet every weight whose inputs can be read. Weights that
-    first meet the very same tensor, such as query, key and value, share `inputs`.
-
-    Args:
-        targets: The weights.
-        model: Holds them; runs each batch.
-        calibration: Batches, and how to run them.
-
-    Raises:
-        RuntimeError: If the model raises, naming the batch.
-    """
-    seen: dict[str, Use] = {}
-    missing = [t for t in targets if watches_of(model, t)[0]]
-
-    def visit(number: int, batch: Any) -> None:
-        nonlocal missing
-        try:
-            met = _uses(model, missing, batch, calibration.forward)
-        except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
-            raise RunError(
-                f"the model could not run on calibration batch {number} "
-                f"({type(batch).__name__}): {type(error).__name__}: {error}. A dict is passed as keywords, "
-                "a tuple as positional arguments, anything else as the one input."
-            ) from error
-        seen.update({k: replace(u, order=u.order + len(seen)) for k, u in met.items()})
-        missing = [t for t in missing if t.name not in seen]
-        if not missing:
-            raise EndLoop
-
-    calibration.each(visit)
-    return seen
-
-
-def _uses(
-    model: nn.Module, targets: Sequence[Target], batch: Any, forward: Forward
-) -> dict[str, Use]:
-    """Return how each weight that one batch reaches is used."""
-    watches = [(t.name, w) for t in targets for w in watches_of(model, t)[0]]
-    met: dict[str, Use] = {}
-    alive: list[Tensor] = []  # keeps the identity of the inputs unique during the pass
-
-    def see(index: int, value: Tensor) -> None:
-        name = watches[index][0]
-        alive.append(value)
-        key = (value.data_ptr(), value._version, *value.shape)
-        first = met.get(name)
-        met[name] = (
-            Use(len(met), key, 1) if first is None else replace(first, calls=first.calls + 1)
-        )
-
-    with _hooked([w for _, w in watches], see):
-        forward(model, batch)
-    return met
 
 
 def observe(
@@ -379,6 +199,6 @@ def _inputs(
             )
         met.setdefault(name, []).append((watch.target, value.detach().clone()))
 
-    with _hooked([w for _, w in watches], see):
+    with watched_calls([w for _, w in watches], see):
         twin.run(forward, batch)
     return met
