@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from clipquant import quantize
 from clipquant.quant.codes.grid import dequantize_rows, quantize_rows
 from clipquant.quant.codes.ranges import minmax_grid, plain_rounding
 from clipquant.quant.codes.spec import QuantSpec
@@ -244,3 +245,35 @@ def test_calibration_without_data_is_refused():
         calibration_data([], 4)
     with pytest.raises(RuntimeError, match="raised at batch 1: KeyError"):
         calibration_data((x or {}["gone"] for x in [1, 0]), 4)
+
+
+class Shares(nn.Module):
+    """A query that all samples share goes through layers of its own."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.query = nn.Parameter(torch.randn(1, 16))
+        self.context = nn.Sequential(nn.Linear(16, 16), nn.ELU(), nn.Linear(16, 16))
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.body(x) + self.context(self.query.expand(len(x), -1))))
+
+
+@pytest.mark.parametrize(
+    "asked", [{"bits": 4, "method": "gptq"}, {"bits": "auto", "max_size": 3000}]
+)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_layers_whose_inputs_are_constant_are_no_obstacle(asked, scale):
+    for seed in range(4):
+        model = Shares(seed)
+        with torch.no_grad():
+            model.query *= scale
+        data = [torch.randn(150, 8) for _ in range(3)]
+        made = quantize(model, data=data, progress=False, **asked)
+        assert all(v.isfinite().all() for v in made.state_dict().values())
+        x = torch.randn(64, 8)
+        with torch.no_grad():
+            off = made.apply_to(Shares(seed))(x) - model(x)
+        assert float(off.abs().max()) < 0.2 * float(model(x).std()) + 0.02 * scale

@@ -12,6 +12,23 @@ from clipquant.quant.codes.grid import Coded
 
 DAMPING = 0.01  # pull towards the float weights, as a share of H's mean diagonal
 BLOCK = 128  # columns decided between two updates of all the others
+_CONSTANT = 1e-5  # share of E[x^2] below which what varies of an input is rounding
+
+
+def varying(hessian: Tensor, mean: Tensor) -> Tensor:
+    """Return 1.0 for each input that varies, and 0.0 for one that is the same in every sample.
+
+    Of a constant input the second moment less the squared mean is what rounding leaves, of either sign.
+
+    Args:
+        hessian: (columns, columns): E[x x^T].
+        mean: (columns,): E[x].
+
+    >>> varying(torch.tensor([[4.0, 2.0], [2.0, 2.0]]), torch.tensor([2.0, 1.0]))
+    tensor([0., 1.])
+    """
+    diagonal = hessian.diagonal()
+    return (diagonal - mean.square() > _CONSTANT * diagonal).to(hessian.dtype)
 
 
 @dataclass(frozen=True)

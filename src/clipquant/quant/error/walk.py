@@ -58,7 +58,7 @@ def plan_walk(error: OutputError) -> Walk:
             raise ArgumentError(
                 "the inputs' second moments cannot be factored: they hold NaN or infinity."
             )
-        hessian.diagonal().add_(damping * error.hessian.diagonal().mean())
+        hessian.diagonal().add_(damping * error.hessian.diagonal().abs().mean())
     wanted = torch.cholesky_solve(error.goal[:, order].T, lower).T
     return Walk(order, lower.div_(lower.diagonal().clone()), wanted)
 

@@ -13,7 +13,7 @@ from clipquant.quant.codes.grid import Coded
 from clipquant.quant.codes.ranges import mse_grid, plain_rounding, shrunk_grid
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.error.descent import SWEEPS, refine
-from clipquant.quant.error.output_error import DAMPING, OutputError, best_of
+from clipquant.quant.error.output_error import DAMPING, OutputError, best_of, varying
 from clipquant.quant.error.walk import Walk, gptq_codes, plan_walk
 from clipquant.quant.methods.base import Found, Method, Problem
 from clipquant.quant.methods.layerwise import Layer, layer_by_layer
@@ -184,8 +184,9 @@ def output_error_of(moments: Moments, group: int, centred: bool) -> OutputError:
     if not centred:
         return OutputError(hessian, goal, energy)
     mean, output = moments.mean[group], moments.output[group]
+    moving = varying(hessian, mean)
     return OutputError(
-        hessian - torch.outer(mean, mean),
-        goal - torch.outer(output, mean),
+        (hessian - torch.outer(mean, mean)) * torch.outer(moving, moving),
+        (goal - torch.outer(output, mean)) * moving,
         energy - output.square(),
     )

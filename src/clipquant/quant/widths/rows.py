@@ -12,7 +12,7 @@ from clipquant.quant.codes.grid import Coded, Grid, group
 from clipquant.quant.codes.ranges import extremes, grid_between, narrow, recentre
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.error.descent import descend, refine
-from clipquant.quant.error.output_error import DAMPING, OutputError
+from clipquant.quant.error.output_error import DAMPING, OutputError, varying
 from clipquant.quant.error.walk import Walk, gptq_codes, plan_walk
 from clipquant.quant.network.moments import Moments
 from clipquant.quant.widths.frontier import WIDTHS
@@ -83,7 +83,8 @@ def solve_rows(
     for g, part in enumerate(parts):
         hessian, mean = moments.hessian[g], moments.mean[g]
         if centred:
-            hessian = hessian - torch.outer(mean, mean)
+            moving = varying(hessian, mean)
+            hessian = (hessian - torch.outer(mean, mean)) * torch.outer(moving, moving)
         problem = _Problem.of(part, hessian, group_size, dtype, knobs or RowGptq())
         tables.append(_solve_part(problem, widths, mean if centred else None))
     return RowTable.stack(tables)
