@@ -195,7 +195,13 @@ def test_every_rule_is_known_by_its_short_name():
 
     import clipquant.clip as clip
 
-    arguments = {"Value": {"limit": 0.5}, "Norm": {"max_norm": 2.0}}
+    arguments = {
+        "Value": {"limit": 0.5},
+        "Norm": {"max_norm": 2.0},
+        "Chain": {
+            "rules": [{"class_path": "AGC"}, {"class_path": "Norm", "init_args": {"max_norm": 1.0}}]
+        },
+    }
     parser = ArgumentParser()
     parser.add_argument("--rule", type=float | clip.Rule)
     rules = [
