@@ -91,6 +91,17 @@ def as_callback(params, rule, measure=True):
     return lambda: clip_assigned_(assignment, on_nonfinite="skip", measure=measure)
 
 
+def on_logging_step(params, rule):
+    """Return what GradientClipCallback runs in a step that the Trainer logs: the norms are read too."""
+    clip = as_callback(params, rule)
+
+    def run():
+        record = clip()
+        return record.grad_norm, record.grad_norm_clipped
+
+    return run
+
+
 def compare(what, model, scale, contenders, size):
     """Print one row for each of ours: `contenders(params)` gives theirs first, then ours by name."""
     params, gradients = with_gradients(model, scale)
@@ -122,6 +133,7 @@ def value(size, model):
             "`clip_gradients_`": lambda: clip_gradients_(params, Value(limit)),
             "callback, log=False": as_callback(params, Value(limit), measure=False),
             "callback": as_callback(params, Value(limit)),
+            "callback, logging": on_logging_step(params, Value(limit)),
         }
 
     compare("value, nothing beyond the limit", model, 0.01, contenders(1.0), size)
@@ -133,6 +145,7 @@ def norm(size, model):
         return lambda params: {
             "clip_grad_norm_": lambda: nn.utils.clip_grad_norm_(params, limit),
             "callback": as_callback(params, Norm(limit)),
+            "callback, logging": on_logging_step(params, Norm(limit)),
         }
 
     compare("norm, nothing to clip", model, 0.01, contenders(1e4), size)
@@ -195,6 +208,7 @@ def agc(size, model):
             "timm": lambda: timm(params, clip_factor=0.01),
             "callback, log=False": as_callback(params, AGC(0.01), measure=False),
             "callback": as_callback(params, AGC(0.01)),
+            "callback, logging": on_logging_step(params, AGC(0.01)),
         }
 
     compare("AGC, nothing beyond the ratio", model, 1e-6, contenders, size)

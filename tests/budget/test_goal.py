@@ -58,3 +58,4 @@ def test_only_a_larger_file_misses_its_size() -> None:
 def test_more_weights_and_metrics_say_more() -> None:
     assert spare_bytes(10, {}) > spare_bytes(9, {})
     assert spare_bytes(9, {"acc": 0.5}) > spare_bytes(9, {})
+    assert spare_bytes(9, {}, 5000) < spare_bytes(10**4, {}, 10**6) < spare_bytes(10**4, {})

@@ -40,7 +40,7 @@ def problem() -> Any:
     return model.eval(), list(x.split(100)), score
 
 
-@pytest.mark.parametrize("size", [5200, 6000, "6.5 kB", 0.45])
+@pytest.mark.parametrize("size", [5200, 6000, "5.5 kB", 0.3])
 def test_a_size_budget_is_filled_and_never_passed(problem: Any, size: Any, tmp_path: Path) -> None:
     model, data, score = problem
     made = quantize(model, "auto", max_size=size, data=data, score=score)
@@ -74,10 +74,10 @@ def test_a_drop_budget_holds_at_less_than_one_width_would_take(
 
 def test_both_and_irreconcilable_obeys_the_drop_and_says_what_it_needs(problem: Any) -> None:
     model, data, score = problem
-    made = quantize(model, "auto", max_drop=0.005, max_size=4300, data=data, score=score)
-    assert made.report.drop <= 0.005
+    made = quantize(model, "auto", max_drop=0.0, max_size=3100, data=data, score=score)
+    assert made.report.drop <= 0.0
     assert "needs" in made.report.budget.failure
-    assert "max_size=4,300" in made.report.budget.failure
+    assert "max_size=3,100" in made.report.budget.failure
     both = quantize(model, "auto", max_drop=0.05, max_size=9000, data=data, score=score)
     assert both.report.budget.met
     assert both.report.size_bytes <= 9000
@@ -165,7 +165,7 @@ def test_the_callback_keeps_both_budgets(problem: Any, tmp_path: Path, steps: bo
 
 
 def test_a_missed_budget_warns_or_raises(problem: Any, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"max_drop": 0.0, "max_size": 3500, "monitor": "acc", "mode": "max"}
+    asked: dict[str, Any] = {"max_drop": 0.0, "max_size": 3100, "monitor": "acc", "mode": "max"}
     warned = QuantizeOnFitEnd("auto", dirpath=tmp_path, **asked)
     with pytest.warns(UserWarning, match="Budget missed"):
         fit(problem, warned, tmp_path)

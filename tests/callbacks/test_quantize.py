@@ -1,5 +1,6 @@
 """QuantizeOnFitEnd in real fits: on real digits, in two processes, stopped, on bad disks."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clipquant import QuantizeOnFitEnd, TwoConvNet, load_quantized
+from clipquant.artifact import read_metadata
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.methods.rtn import quantize_weight
@@ -346,3 +348,21 @@ def test_batchnorm_follows_weights_rounded_without_data(tmp_path):
     why = [{item.name: item.why for item in c.report.left} for c in callbacks]
     assert "re-estimated" not in why[0]["net.1.running_mean"]
     assert "re-estimated" in why[1]["net.1.running_mean"]
+
+
+def test_a_disk_that_fills_up_after_the_file_leaves_a_report_of_that_file(tmp_path, monkeypatch):
+    """The report stands beside the file before anything else is measured; a later one that fails leaves it whole."""
+
+    def fill(*args):
+        def full(handle):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+
+    monkeypatch.setattr("clipquant.callbacks.fit_end.measure_latency", fill)
+    callback = QuantizeOnFitEnd(4, method="rtn", dirpath=tmp_path)
+    with pytest.warns(UserWarning, match=r"writing the report failed .*report\.json"):
+        fit(callback, tmp_path)
+    held = json.loads((tmp_path / "report.json").read_text())
+    assert held["sha256"] == read_metadata(callback.artifact_path)["sha256"]
+    assert "</html>" in (tmp_path / "report.html").read_text()

@@ -92,3 +92,31 @@ def test_a_part_finds_its_own_state_and_no_other() -> None:
 def test_what_is_no_rule_is_refused(rule: Any) -> None:
     with pytest.raises(TypeError, match="a rule must be a number or an object with the methods"):
         as_rule(rule)
+
+
+def test_a_module_an_optimizer_and_dicts_are_taken_for_their_parameters() -> None:
+    module = nn.Linear(2, 3)
+    wanted = [id(module.weight), id(module.bias)]
+    optimizer = torch.optim.SGD([{"params": module.parameters(), "clip": 0.5}], lr=0.1)
+    for form in (module, optimizer, dict(module.named_parameters()), optimizer.param_groups[0]):
+        assert [id(p) for p in assign(form, 1.0).params] == wanted
+    assert assign(module, 1.0).names == ("weight", "bias")
+    assert assign(optimizer, 1.0).parts[0].rule == Value(0.5)
+
+
+def test_an_exhausted_iterator_is_told_and_what_is_no_parameter_refused() -> None:
+    module = nn.Linear(2, 3)
+    module(torch.ones(1, 2)).sum().backward()
+    exhausted = module.parameters()
+    list(exhausted)
+    with pytest.warns(UserWarning, match="exhausted"):
+        assign(exhausted, 1.0)
+    with pytest.raises(TypeError, match="instead of the gradients"):
+        assign([p.grad for p in module.parameters()], 1.0)
+    with pytest.raises(TypeError, match="got str"):
+        assign(["weight"], 1.0)
+
+
+def test_a_main_rule_does_not_take_the_state_of_a_group() -> None:
+    part = Part(Norm(1.0, warmup_steps=3), (0,))
+    assert int(part.state({"group0.steps": torch.tensor(7)})["steps"]) == 0

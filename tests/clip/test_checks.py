@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from clipquant.clip import AdaGC, AutoClip, Norm, Value, ZClip
+from clipquant.clip.assign import as_rule
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,12 @@ def test_values_out_of_range_are_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError) as error:
         make()  # type: ignore[operator]
     assert message in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Value(np.float32(0.5)).limit == 0.5
+    assert Norm(np.int64(2), np.float64(1.0)).order == 1.0
+    assert AutoClip(np.float32(10), np.int64(5)).window == 5
+    assert as_rule(np.float32(0.5)) == Value(0.5)
+    with pytest.raises(ValueError, match="limit must be a number"):
+        Value(np.bool_(True))

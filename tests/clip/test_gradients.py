@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from clipquant.clip import Gradients
+from clipquant.clip import AGC, Gradients, Norm, Value, clip_gradients_
 from clipquant.clip import gradients as module
-from clipquant.clip.gradients import writable
+from clipquant.clip.gradients import overlaps, writable
 
 
 def test_norms_are_measured_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +55,27 @@ def test_gradients_are_made_writable_only_where_they_have_to_be() -> None:
     lazy = torch.tensor([1 + 2j]).conj()
     assert not writable(lazy).is_conj()
     assert writable(lazy).tolist() == [1 - 2j]
+
+
+def test_elements_that_share_memory_are_told_and_copied() -> None:
+    expanded = torch.ones(1).expand(3)
+    windows = torch.arange(4.0).as_strided((3, 2), (1, 1))
+    for shared in (expanded, windows):
+        assert overlaps(shared)
+        assert torch.equal(writable(shared), shared)
+        assert writable(shared).is_contiguous()
+    for own in (torch.ones(3, 4).t(), torch.ones(9)[::2], torch.ones(())):
+        assert not overlaps(own)
+        assert writable(own) is own
+
+
+@pytest.mark.parametrize("rule", [Value(0.1), Norm(0.1), AGC(0.01), Norm(0.1, scope="tensor")])
+def test_what_cannot_be_written_is_written_right(rule: Any) -> None:
+    with torch.inference_mode():
+        inference = torch.full((3,), 2.0)
+    for grad in (torch.full((1,), 2.0).expand(3), inference):
+        odd, plain = (nn.Parameter(torch.ones(3)) for _ in range(2))
+        odd.grad, plain.grad = grad, torch.full((3,), 2.0)
+        clip_gradients_(odd, rule)
+        clip_gradients_(plain, rule)
+        assert torch.equal(odd.grad, plain.grad)

@@ -142,3 +142,16 @@ def test_no_element_is_larger_than_the_largest_part(order: float, size: int) -> 
     norms, (parts,) = bounded_norms([values], order)
     assert float(parts.max()) >= 50.0
     assert float(norms[0]) >= float(parts.max()) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("layout", ["flat", "channels_last", "gaps"])
+def test_every_order_is_accurate_over_millions_of_elements(order: float, layout: str) -> None:
+    torch.manual_seed(0)
+    values = torch.rand(8_000_000)
+    if layout == "channels_last":
+        values = values.view(20, 100, 50, 80).to(memory_format=torch.channels_last)
+    if layout == "gaps":
+        values = values.view(-1, 2)[:, 0]
+    exact = double_norm(values, order)
+    assert float(tensor_norms([values], order)[0]) == pytest.approx(exact, rel=1e-5)

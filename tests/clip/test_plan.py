@@ -83,3 +83,18 @@ def test_a_users_rule_is_measured_and_judged_like_any_other() -> None:
     assert record.norms_clipped.tolist() == pytest.approx([float(p.grad.norm()) for p in params])
     params[1].grad[0] = math.nan
     assert clip_gradients_(params, Keep(), on_nonfinite="skip").nonfinite == ("1",)
+
+
+class Misshapen(Keep):
+    """Returns for its last gradient what does not fit."""
+
+    def clip(self, grad: Tensor, param: Tensor, plan: None) -> Tensor:
+        return grad + 1 if grad.numel() < 3 else grad[:1]
+
+
+def test_a_result_that_does_not_fit_is_refused_before_any_gradient_changes() -> None:
+    params = parameters([[2], [3]], 0)
+    before = gradients(params)
+    with pytest.raises(ValueError, match=r"Misshapen.clip must return .* shape \(3,\), got \(1,\)"):
+        clip_gradients_(params, Misshapen())
+    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))

@@ -2,8 +2,6 @@
 
 from clipquant.artifact.content import (
     Artifact,
-    load_quantized,
-    load_state,
     read_artifact,
     read_outline,
     save_artifact,
@@ -14,6 +12,7 @@ from clipquant.artifact.content import (
 from clipquant.artifact.envelope import FORMAT_VERSION, read_metadata
 from clipquant.artifact.fault import ArtifactError
 from clipquant.artifact.folder import claim_folder
+from clipquant.artifact.load import load_quantized, load_state
 
 __all__ = [
     "FORMAT_VERSION",

@@ -27,6 +27,7 @@ KINDS = {
 _DTYPES = {name: dtype for dtype, name in KINDS.items()}
 FLOATS = {str(d).removeprefix("torch."): d for d in KINDS if d.is_floating_point and d.itemsize > 1}
 PARTS = ("q", "scale", "zero", "bits")
+_GROUPS = 1 << 20  # of a weight whose channels are its first axis: they mean nothing there
 _EMPTY = 1 << 20  # most that an axis of a tensor without elements may have: nothing pays for it
 
 
@@ -244,14 +245,11 @@ def _read_layout(about: Mapping[str, Any], at: str) -> Layout:
     axis = whole(about.get("axis", 0), f"{at}.axis", 0, 1)
     if len(form) <= axis:
         raise fault(f"{at}.shape", f"of {axis + 1} axes or more", form)
-    most = max(form[0], 1) if axis else MAX_GROUPS
+    most = max(form[0], 1) if axis else _GROUPS
     groups = whole(about.get("groups", 1), f"{at}.groups", 1, most)
     if axis and form[0] % groups:
         raise fault(f"{at}.groups", f"a divisor of {form[0]}", groups)
     return Layout(form, axis, groups)
-
-
-MAX_GROUPS = 1 << 20
 
 
 def _read_group_size(value: Any, layout: Layout, at: str) -> int:

@@ -105,14 +105,18 @@ the model.
         )
 
 
-def spare_bytes(weights: int, metrics: Metrics) -> int:
+def spare_bytes(weights: int, metrics: Metrics, most: int | None = None) -> int:
     """Return the bytes to leave in a file for what it will say of the search and its outcome.
 
     Args:
         weights: How many are quantized.
         metrics: Those of the float model.
+        most: Most bytes of the file: what it says of single weights and trials is left out of it where that
+            would cost a hundredth. None: no limit.
     """
-    return 1000 + 10 * weights + 3 * len(str(dict(metrics)))
+    details = 400 + 10 * weights
+    told = 400 + 3 * len(str(dict(metrics)))
+    return told + (details if most is None else min(details, most // 100))
 
 
 def missed_size(goal: Goal, size: int) -> str:

@@ -7,14 +7,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
 from clipquant.callbacks.lightning import package_of
 from clipquant.clip.checks import is_count, is_number
+from clipquant.clip.progress import Skip
 from clipquant.clip.rule import Rule
-from clipquant.errors import ArgumentError, ArgumentTypeError
+from clipquant.errors import ArgumentError, ArgumentTypeError, RunError
 
 
 def refuse_second_clipping(trainer: pl.Trainer) -> None:
@@ -95,6 +97,27 @@ def warn_of_unseen_steps(trainer: pl.Trainer, indices: Sequence[int]) -> None:
         "Under manual optimization step what self.optimizers() returns, not the bare optimizer "
         "(use_pl_optimizer=False), or call clip_gradients_ before optimizer.step()"
     )
+
+
+def check_streak(
+    streak: Sequence[Skip], allowed: int | None, policy: str, scaler: torch.amp.GradScaler | None
+) -> None:
+    """Refuse to go on when more steps in a row were skipped than allowed.
+
+    One overflow is how a GradScaler finds its scale. At a scale of 1 or less it is not the scale, and under "raise" no
+    skip is allowed any more.
+    """
+    limit = allowed
+    if scaler is not None and streak:
+        hopeless = policy == "raise" and scaler.get_scale() <= 1.0
+        limit = 0 if hopeless else None if allowed is None else max(allowed, 1)
+    if limit is not None and len(streak) > limit:
+        history = "\n  ".join(map(str, streak))
+        raise RunError(
+            f"{len(streak)} steps in a row were skipped, max_consecutive_skips={allowed} allows {limit}: lower the "
+            "learning rate, look for the cause with torch.autograd.set_detect_anomaly(True), or raise the limit.\n  "
+            f"{history}"
+        )
 
 
 def check_indices(indices: Sequence[int], count: int) -> None:

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 class Evaluations:
     """The evaluations of one LBFGS step: where it started, and whether it is to be skipped as a whole.
 
-    Gradients set to None at a later evaluation end the line search, but the parameters have moved by then. So the
-    start is kept, and put back when the step has ended.
+    At a later evaluation the parameters have moved already. So the start is kept, and put back when the step has ended.
+    Until then gradients that are not finite stay as they are: zeros would end a line search with an IndexError.
 
     Args:
         optimizer: The optimizer.
@@ -55,6 +55,7 @@ class Evaluations:
         if self.skipping:
             for param, value in self._start:
                 param.copy_(value)
+                param.grad = None
             self._optimizer.state.clear()
             self._optimizer.state.update(self._state)
         self._start, self._state, self.skipping = [], {}, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -54,9 +55,20 @@ def described(rule: Rule) -> str:
     return repr(rule) if is_dataclass(rule) else kind_of(rule)
 
 
-def same_targets(key: str, other: str) -> bool:
-    """Return whether two keys in a checkpoint are of callbacks for the same optimizers and parameters."""
-    return _targets(key) == _targets(other)
+def state_of_another_rule(
+    saved: Mapping[str, Any], key: str, claimed: Collection[str]
+) -> dict[str, Any] | None:
+    """Return the saved state of a callback for the same optimizers and parameters whose rule was another, if any.
+
+    Args:
+        saved: The states of all callbacks in a checkpoint, by key.
+        key: Key of the callback that looks for its state; None is returned where it has one.
+        claimed: Keys of all clipping callbacks of this run.
+    """
+    if key in saved:
+        return None
+    alike = [k for k in saved if _targets(k) == _targets(key) and k not in claimed]
+    return saved[alike[0]] if alike else None
 
 
 def _targets(key: str) -> str:

@@ -228,6 +228,12 @@ class FitEnd:
                 report = replace(made.report, path=str(path), sha256=read_metadata(path)["sha256"])
                 made = replace(made, report=report)
             saved = path
+        if saved is not None and self.trainer.is_global_zero:
+            # What is told of the file stands beside it from now on; what is measured later is added.
+            with self.failures.step(
+                "writing the report", "an older one stays", "clipquant report FILE shows it."
+            ):
+                write_report(made.report, path.parent)
         return made, saved
 
     def _completed(

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +19,7 @@ from clipquant.callbacks.clip_checks import (
     check_globs,
     check_indices,
     check_optimizer,
+    check_streak,
     refuse_second_clipping,
     refuse_strategy,
     warn_of_tuners,
@@ -28,12 +28,13 @@ from clipquant.callbacks.clip_checks import (
 )
 from clipquant.callbacks.clip_evaluations import Evaluations
 from clipquant.callbacks.clip_figures import Log, figures, group_names, logs_now, own_name
+from clipquant.callbacks.clip_folding import is_last_reader, may_fold
 from clipquant.callbacks.clip_resume import (
     Resume,
     described,
     kind_of,
     public_kind,
-    same_targets,
+    state_of_another_rule,
     states_of_groups,
 )
 from clipquant.callbacks.clip_scaler import Unscaling, divided, scaler_of
@@ -43,15 +44,15 @@ from clipquant.callbacks.clip_targets import (
     parameter_names,
     without_rules,
 )
-from clipquant.callbacks.lightning import Callback, is_overridden
-from clipquant.clip.apply import clip_assigned_, remove_gradients_
+from clipquant.callbacks.lightning import Callback
+from clipquant.clip.apply import clip_assigned_
 from clipquant.clip.assign import Assignment, as_rule
 from clipquant.clip.finite import OnNonfinite, check_policy
-from clipquant.clip.fold import can_fold, fold_, unfold_, unfold_after_step
+from clipquant.clip.fold import fold_, unfold_, unfold_after_step
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule
-from clipquant.errors import ArgumentError, RunError
+from clipquant.errors import ArgumentError
 
 
 class GradientClipCallback(Callback):
@@ -176,7 +177,7 @@ class GradientClipCallback(Callback):
         assignment = self._target(index, optimizer).assignment(pl_module)
         evaluations = self._evaluations.get(index)
         if evaluations is not None and evaluations.skipping:
-            remove_gradients_(assignment.params)
+            return
         device = next((p.grad.device for p in assignment.params if p.grad is not None), None)
         if device is None:  # e.g. training_step returned None: there is no step to count
             return
@@ -191,7 +192,8 @@ class GradientClipCallback(Callback):
             evaluations.skipping = record.skipped
         self.record = record
         self._progress[index] = self._progress[index].after(record, trainer.global_step)
-        self._check_streak(self._progress[index], scaler_of(trainer))
+        streak = self._progress[index].streak
+        check_streak(streak, self.max_consecutive_skips, self.on_nonfinite, scaler_of(trainer))
         self._log(trainer, pl_module, index, record)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -227,11 +229,10 @@ class GradientClipCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take over the state of a callback for the same parameters whose rule was another."""
-        saved = checkpoint.get("callbacks", {})
-        claimed = {callback.state_key for callback in callbacks_of(trainer)}
-        alike = [k for k in saved if same_targets(k, self.state_key) and k not in claimed]
-        if self.state_key not in saved and alike:
-            self.load_state_dict(saved[alike[0]])
+        claimed = [callback.state_key for callback in callbacks_of(trainer)]
+        state = state_of_another_rule(checkpoint.get("callbacks", {}), self.state_key, claimed)
+        if state is not None:
+            self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on bit for bit: counts and rule states of each optimizer."""
@@ -264,7 +265,7 @@ class GradientClipCallback(Callback):
         assignment: Assignment,
     ) -> ClipRecord:
         scaler = scaler_of(trainer)
-        fold = self._folds(trainer, pl_module, optimizer, assignment)
+        fold = may_fold(optimizer, assignment) and is_last_reader(self, trainer, pl_module)
         folds_scaled = fold and self.skip_above is None
         factor = 1.0
         if scaler is not None:
@@ -275,18 +276,20 @@ class GradientClipCallback(Callback):
             progress = progress.fitting(assignment, rank_zero_warn)
         self._progress[index] = progress
         divides = factor != 1.0 and not folds_scaled
+        undoes = self.on_nonfinite == "skip" and self._evaluations.get(index) is not None
         with divided(assignment.params, factor) if divides else nullcontext():
             record = clip_assigned_(
                 self._active(trainer, assignment),
                 progress.state,
-                on_nonfinite=self.on_nonfinite if scaler is None else "leave",
+                on_nonfinite="leave" if scaler is not None or undoes else self.on_nonfinite,
                 skip_above=self.skip_above,
                 measure=self.log_mode is not False,
                 defer=fold and not divides,
                 loss_scale=1.0 if divides else factor,
             )
-        # Under a scaler what is not finite makes the scaler leave out the step.
-        return replace(record, skipped=True) if scaler and record.nonfinite else record
+        # What is not finite makes a scaler leave out the step, or has the step undone.
+        left = (scaler is not None or undoes) and bool(record.nonfinite)
+        return replace(record, skipped=True) if left else record
 
     def _index(self, trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
         """Return the index of an optimizer that this callback clips; one exchanged behind the Trainer's back counts."""
@@ -314,39 +317,6 @@ class GradientClipCallback(Callback):
             return assignment
         return replace(assignment, parts=())
 
-    def _folds(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        optimizer: Optimizer,
-        assignment: Assignment,
-    ) -> bool:
-        """Return whether the step itself may scale the gradients: nobody else reads or scales them in between."""
-        part = assignment.whole
-        return (
-            part is not None
-            and bool(getattr(part.rule, "folds", False))
-            and can_fold(optimizer)
-            and not any(is_overridden(hook, pl_module) for hook in _LATER_HOOKS)
-            and not any(
-                is_overridden(_LATER_HOOKS[0], cb) for cb in _callbacks_after(trainer, self)
-            )
-        )
-
-    def _check_streak(self, progress: Progress, scaler: torch.amp.GradScaler | None) -> None:
-        limit, streak = self.max_consecutive_skips, progress.streak
-        if scaler is not None and streak:
-            # One overflow is how a scaler finds its scale; at a scale of 1 or less it is not the scale.
-            hopeless = self.on_nonfinite == "raise" and scaler.get_scale() <= 1.0
-            limit = 0 if hopeless else None if limit is None else max(limit, 1)
-        if limit is not None and len(streak) > limit:
-            history = "\n  ".join(map(str, streak))
-            raise RunError(
-                f"{len(streak)} steps in a row were skipped, max_consecutive_skips={self.max_consecutive_skips} allows "
-                f"{limit}: lower the learning rate, look for the cause with torch.autograd.set_detect_anomaly(True), "
-                f"or raise the limit.\n  {history}"
-            )
-
     def _forget(self, index: int) -> None:
         """Leave the optimizer that had this index."""
         if index in self._handles:
@@ -372,15 +342,7 @@ class GradientClipCallback(Callback):
         pl_module.log_dict(found, on_step=True, on_epoch=False)
 
 
-_LATER_HOOKS = ("on_before_optimizer_step", "configure_gradient_clipping")
-
-
 def callbacks_of(trainer: pl.Trainer) -> list[GradientClipCallback]:
     """Return all callbacks of this kind in a Trainer."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, GradientClipCallback)]
-
-
-def _callbacks_after(trainer: pl.Trainer, callback: Callback) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks[callbacks.index(callback) + 1 :]

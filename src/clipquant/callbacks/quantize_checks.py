@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from clipquant.artifact import claim_folder
 from clipquant.callbacks.lightning import package_of
 from clipquant.errors import ArgumentError
 from clipquant.quant.methods import METHODS, Method
@@ -29,11 +30,8 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise unless a file can be made in `folder`, which is made where it is missing."""
-    probe = folder / ".clipquant-probe"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        claim_folder(folder)
     except OSError as error:
         raise OSError(
             error.errno,

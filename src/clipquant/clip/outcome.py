@@ -40,7 +40,7 @@ class Outcome:
         """
         clipped, broken = reduce_any([self.clipped, not self.finite], grads)
         before = after = _whole(self.before, grads, order)
-        if self.after is not self.before:
+        if clipped:  # on any process: all of them have to ask
             after = _whole(self.after, grads, order)
         return replace(self, clipped=clipped, finite=not broken, before=before, after=after)
 

@@ -95,7 +95,7 @@ def quantize_auto(
         mode=goal.mode,
     )
     most = None if goal.max_size is None else size_in_bytes(goal.max_size, base.float_bytes)
-    spare = spare_bytes(len(seen.fisher), before)
+    spare = spare_bytes(len(seen.fisher), before, most)
 
     def size_of(weights: QuantizedWeights) -> int:
         return serialized_size(weights, describe(base))
@@ -130,7 +130,9 @@ def check_smallest(model: nn.Module, goal: AutoBits) -> None:
         return
     weights = smallest_weights(model, selection, group_size=_group_size(goal), fixed=fixed)
     report = make_report(weights, model)
-    smallest = report.size_bytes + spare_bytes(len(selection.targets), {})
+    count = len(selection.targets)
+    bare = report.size_bytes + spare_bytes(count, {}, 0)
+    smallest = report.size_bytes + spare_bytes(count, {}, bare * 100 // 99 + 100)
     refuse_below(size_in_bytes(goal.max_size, report.float_bytes), smallest)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipquant.clip import AGC, clip_gradients_
+from clipquant.clip import AGC, Gradients, clip_gradients_
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=3), min_size=1, max_size=5)
 
@@ -101,3 +101,36 @@ def test_agc_equals_the_formula_of_optax_for_weights_with_outputs_first(
         largest = ratio * w_norm.clamp(min=1e-3)
         expected = torch.where(g_norm < largest, g, g * (largest / g_norm.clamp(min=1e-6)))
         torch.testing.assert_close(param.grad.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (300, 200, 3)])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_units_along_an_axis_are_those_of_the_transposed_weight(
+    shape: tuple[int, ...], axis: int, scale: float
+) -> None:
+    (ours,) = parameters([list(shape)], 1, scale)
+    theirs = nn.Parameter(ours.detach().movedim(axis, 0).contiguous())
+    theirs.grad = ours.grad.movedim(axis, 0).contiguous()
+    record = clip_gradients_(ours, AGC(0.05, axis=axis), measure=True)
+    reference = clip_gradients_(theirs, AGC(0.05), measure=True)
+    torch.testing.assert_close(ours.grad.movedim(axis, 0), theirs.grad, rtol=1e-5, atol=1e-9)
+    assert record.grad_norm_clipped == pytest.approx(reference.grad_norm_clipped, rel=1e-5)
+    plan, _ = AGC(0.05, axis=axis).plan(Gradients([ours.grad]), [ours], {})
+    assert plan.clip(ours.grad, ours).shape == ours.shape
+
+
+def test_an_axis_that_is_none_is_refused_before_anything_changes() -> None:
+    params = parameters([[3, 4, 5], [3, 4]], 1)
+    before = gradients(params)
+    with pytest.raises(ValueError, match=r"AGC: axis=2 is no axis of a gradient of shape \(3, 4\)"):
+        clip_gradients_(params, AGC(0.01, axis=2))
+    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
+    with pytest.raises(ValueError, match="axis must be a whole number"):
+        AGC(axis=0.5)
+
+
+def test_a_sparse_gradient_of_an_empty_batch_is_left_alone() -> None:
+    embedding = nn.Embedding(20, 4, sparse=True)
+    (embedding(torch.tensor([], dtype=torch.long)) ** 2).sum().backward()
+    assert not clip_gradients_(embedding.parameters(), AGC(0.01)).clipped

@@ -30,3 +30,18 @@ def test_non_finite_norms_never_enter_the_statistics(
         states.append(state)
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("rule", [AutoClip(10), ZClip(), ZClip(max_norm=None), AdaGC(warmup=25)])
+def test_zero_norms_teach_nothing(rule: Any) -> None:
+    states: list[Any] = []
+    for norms in ([1.0, 2.0], [0.0] * 30 + [1.0] + [0.0] * 30 + [2.0]):
+        state = None
+        for norm in norms:
+            param = nn.Parameter(torch.zeros(2))
+            param.grad = torch.tensor([0.6, 0.8]) * norm
+            state = clip_gradients_(param, rule, state).state
+            assert not norm or float(param.grad.norm()) > 0
+        states.append(state)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -99,3 +100,26 @@ def test_norm_equals_the_formula_of_optax(shapes: list[list[int]], seed: int, li
     for param, g in zip(params, before, strict=True):
         expected = g if total < limit else g / total * limit
         torch.testing.assert_close(param.grad.double(), expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["propagate", "skip"])
+def test_an_infinite_limit_only_measures(policy: Any) -> None:
+    params = parameters([[3, 4], [5]], 8, 1e6)
+    before = gradients(params)
+    record = clip_gradients_(params, Norm(math.inf), on_nonfinite=policy, measure=True)
+    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
+    assert (record.clipped, record.clip_coef) == (False, 1.0)
+    params[0].grad[0, 0] = math.inf
+    before = gradients(params)
+    clip_gradients_(params, Norm(math.inf))
+    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
+
+
+def test_a_limit_of_zero_zeroes_and_orders_below_one_hold() -> None:
+    params = parameters([[3, 4]], 9)
+    clip_gradients_(params, Norm(0.0))
+    assert not params[0].grad.any()
+    params = parameters([[3, 4], [5]], 9)
+    clip_gradients_(params, Norm(2.0, 0.5))
+    joined = torch.cat([p.grad.flatten() for p in params]).double()
+    assert float(torch.linalg.vector_norm(joined, 0.5)) == pytest.approx(2.0, rel=1e-5)

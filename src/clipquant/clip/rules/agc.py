@@ -15,6 +15,7 @@ from clipquant.clip.outcome import Outcome
 from clipquant.clip.plan import Plan
 from clipquant.clip.rule import Rule, State
 from clipquant.clip.unitwise import UnitLimits, scale_small_, scale_units_, unit_norms
+from clipquant.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class AGC(Rule):
         )
 
         if not is_count(self.axis):
-            raise ValueError(f"AGC: axis must be a whole number, got {self.axis!r}: e.g. 0 or 1")
+            raise ArgumentError(f"AGC: axis must be a whole number, got {self.axis!r}: e.g. 0 or 1")
 
     def init(self) -> State:
         return {}
@@ -115,11 +116,11 @@ class AGC(Rule):
     def _check_axis(self, grads: Gradients) -> None:
         for grad in grads:
             if grad.ndim >= 2 and not -grad.ndim <= self.axis < grad.ndim:
-                raise ValueError(
+                raise ArgumentError(
                     f"AGC: axis={self.axis} is no axis of a gradient of shape {tuple(grad.shape)}: give those "
                     'parameters a group of their own with a rule under the key "clip"'
                 )
             if grad.ndim >= 2 and grad.layout is not torch.strided:
-                raise ValueError(
+                raise ArgumentError(
                     f"AGC: axis={self.axis} needs dense gradients, got a sparse one: its units lie along axis 0"
                 )

@@ -77,7 +77,9 @@ class Chain(Rule):
             plans.append(plan_of(rule, decision))
             following |= {f"{i}.{key}": value for key, value in own.items()}
             if i + 1 < len(self.rules):
-                clipped = [plans[-1].clip(g, p) for g, p in zip(grads, params, strict=True)]
+                clipped = [
+                    plans[-1].clip(g, p).detach() for g, p in zip(grads, params, strict=True)
+                ]
                 grads = Gradients(clipped, grads.groups, grads.positions, grads.loss_scale)
         return tuple(plans), following
 

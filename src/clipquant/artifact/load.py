@@ -1,0 +1,127 @@
+"""A file loaded: into a state dict, or into a model that it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from clipquant.artifact.content import parse, weights_of
+from clipquant.artifact.envelope import open_sealed, read_bytes
+from clipquant.artifact.fault import ArtifactError
+from clipquant.artifact.weights import Parts, packed_weight, unpacked_weight
+from clipquant.errors import ArgumentError
+
+
+def load_quantized(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    packed: bool = False,
+    max_constant_bytes: int | None = None,
+) -> dict[str, Tensor] | nn.Module:
+    """Return the state dict that a file holds, dequantized, or `model` with it loaded.
+
+    Nothing that is read can do harm: a file that was damaged or made to do so raises `ArtifactError`, and
+    memory is taken in proportion to the file. Rows of 0 bits, which cost a file nothing, are no larger
+    than those of `model`; without one they may come to 32 MB and twice the file.
+
+    Args:
+        path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
+        model: A module of the architecture that was saved. Left untouched unless all fits.
+        packed: Whether `model` is to hold its weights packed, as the file does, and dequantize a
+            layer at a time when it runs: about the file's size in memory, the same outputs, and
+            weights that cannot be trained. It may have been built under `torch.device("meta")`.
+        max_constant_bytes: Without a model, most bytes that rows of 0 bits may come to. None: 32 MB and
+            twice the file.
+
+    Returns:
+        Without `model`: every key of the saved model's state dict -> tensor, for
+        `load_state_dict`. With it: `model` itself.
+
+    Raises:
+        ArtifactError: If the file is missing, damaged or of a newer format, or `model` differs
+            from what was saved (names the missing, the unexpected and the misshapen tensors).
+        ValueError: If `packed` is asked for without a model.
+
+    >>> load_quantized("none.safetensors")
+    Traceback (most recent call last):
+    ...
+    clipquant.artifact.fault.ArtifactError: none.safetensors cannot be read: no such file or \
+directory.
+    """
+    if model is None:
+        if packed:
+            raise ArgumentError(
+                "packed=True needs a model to hold the packed weights; got model=None. "
+                "Pass a module, or leave packed out for a state dict."
+            )
+        return parse(read_bytes(path), path, {}, max_constant_bytes).weights.state_dict()
+    parts = Parts(open_sealed(read_bytes(path), path), path)
+    manifest = parts.opened.manifest
+    _check_fit(model, manifest.shapes, str(path))
+    if packed:
+        return _load_packed(parts, model)
+    tensors = {name: unpacked_weight(parts, name) for name in manifest.weights}
+    return load_state(model, weights_of(parts, tensors).state_dict(), str(path))
+
+
+def _load_packed(parts: Parts, model: nn.Module) -> nn.Module:
+    """Load a file that fits into `model` without unpacking it."""
+    # Layers, which reading alone has no use for.
+    from clipquant.quant.packed.modules import pack_modules_
+
+    manifest = parts.opened.manifest
+    tensors = {name: packed_weight(parts, name) for name in manifest.weights}
+    floats = {name: parts.opened.tensor(name) for name in manifest.floats}
+    floats |= {alias: floats[name] for alias, name in manifest.aliases.items() if name in floats}
+    assign = _on_meta(model)
+    _check_filled(model, manifest.shapes, parts.path)
+    pack_modules_(model, tensors, manifest.aliases)
+    model.load_state_dict(floats, strict=False, assign=assign)
+    return model
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    """Load a state dict into `model` if every key and shape fits; otherwise change nothing."""
+    _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, source)
+    _check_filled(model, state, source)
+    model.load_state_dict(dict(state), strict=False, assign=_on_meta(model))
+    return model
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _check_filled(model: nn.Module, held: Iterable[str], source: object) -> None:
+    """Raise for tensors without values ("meta") that a state with these keys would leave so."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    left = sorted({name for name, tensor in named if tensor.is_meta} - set(held))
+    if left:
+        raise ArtifactError(
+            f"{source} has no values for {', '.join(left)}, which the model holds on the device 'meta' and does "
+            "not save. Build the model on a real device, or give these tensors their values first."
+        )
+
+
+def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raise unless the model has exactly these tensors, in these shapes."""
+    own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    misshapen = [
+        f"{k} is {shapes[k]} in the file, {tuple(own[k].shape)} in the model"
+        for k in own.keys() & shapes.keys()
+        if tuple(own[k].shape) != shapes[k]
+    ]
+    faults = {
+        "missing from the file": sorted(own.keys() - shapes.keys()),
+        "not in the model": sorted(shapes.keys() - own.keys()),
+        "of another shape": sorted(misshapen),
+    }
+    if any(faults.values()):
+        said = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
+        raise ArtifactError(
+            f"{source} does not fit {type(model).__name__}: {said}. "
+            "Build the model with the arguments it was trained with."
+        )
