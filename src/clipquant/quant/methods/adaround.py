@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipquant.quant.codes.learned import Rounding
+from clipquant.quant.codes.paths import parameter_at
 from clipquant.quant.error.own_error import OwnError, own_errors
 from clipquant.quant.methods.base import Found, Method, Problem, matrix_of, nearest, solved
 from clipquant.quant.methods.gptq import Gptq
@@ -145,7 +146,7 @@ class _Network:
             bias = bias_of(problem.model, target)
             if bias is not None:
                 name = target.name.removesuffix(target.attribute) + bias
-                value = start.biases.get(name, problem.model.get_parameter(name))
+                value = start.biases.get(name, parameter_at(problem.model, name))
                 self.biases[name] = value.detach()
                 self.units[name] = float(matrix.float().square().sum(1).mean().sqrt())
         self.deltas = {n: torch.zeros_like(b, dtype=torch.float32) for n, b in self.biases.items()}
@@ -174,7 +175,7 @@ class _Network:
         self.learned.hold_(self._cast({**weights, **self.biases_now()}))
 
     def _cast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: t.to(self.learned.model.get_parameter(n).dtype) for n, t in tensors.items()}
+        return {n: t.to(parameter_at(self.learned.model, n).dtype) for n, t in tensors.items()}
 
     def distance(self, number: int, batch: Any) -> Tensor:
         """Return how far the outputs for a batch are from the float network's."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.quant.codes.grid import Coded
+from clipquant.quant.codes.paths import parameter_at
 from clipquant.quant.codes.ranges import mse_grid
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.methods.base import Found, Problem, matrix_of, weight_of
@@ -127,7 +128,7 @@ class _Run:
     def _correct_(self, target: Target, bias: str, coded: Coded, moments: Moments) -> None:
         """Give the bias what makes the mean output that of the float network."""
         path = target.name.removesuffix(target.attribute) + bias
-        old = self.problem.model.get_parameter(path)
+        old = parameter_at(self.problem.model, path)
         values = coded.values().reshape(moments.goal.shape)
         mean, output = moments.means()
         shift = output - torch.einsum("grc,gc->gr", values, mean)

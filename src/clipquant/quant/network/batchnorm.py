@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clipquant.quant.codes.paths import submodule
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.outputs import distances
@@ -134,7 +135,7 @@ def _watched(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[None]
     def hook(name: str) -> Any:
         return lambda layer, args, _output: see(name, layer, args[0])
 
-    handles = [model.get_submodule(n).register_forward_hook(hook(n)) for n in names]
+    handles = [submodule(model, n).register_forward_hook(hook(n)) for n in names]
     try:
         yield
     finally:

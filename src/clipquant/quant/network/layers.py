@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.layout import Layout
+from clipquant.quant.codes.paths import submodule
 from clipquant.quant.codes.weights import LeftInFloat, check_storable
 
 _Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -234,12 +235,12 @@ def _why_unknown(name: str, tensor: Tensor, model: nn.Module) -> str:
     if ".parametrizations." in f".{path}.":
         return "parametrized: remove_parametrizations() first, then it is a plain weight"
     if leaf.endswith(("_g", "_v", "_orig")):
-        owner = model.get_submodule(path)
+        owner = submodule(model, path)
         if owner._forward_pre_hooks or parametrize.is_parametrized(owner):
             return "rebuilt before each forward (weight or spectral norm): remove the norm first"
     if tensor.dim() < 2:
         return "bias, normalization or other vector"
-    kind = type(model.get_submodule(path)).__name__
+    kind = type(submodule(model, path)).__name__
     return f"{kind} is not a layer that is quantized unless its weight is named in include"
 
 
@@ -257,7 +258,7 @@ def _nothing(left: list[LeftInFloat], include: Globs, exclude: Globs) -> str:
 def bias_of(model: nn.Module, target: Target) -> str | None:
     """Return the name of the bias that is added to a weight's outputs alone, if there is one."""
     name = target.attribute.replace("weight", "bias")
-    module = model.get_submodule(target.name.rpartition(".")[0])
+    module = submodule(model, target.name.rpartition(".")[0])
     if name == target.attribute or name.startswith(("q_", "k_", "v_", "bias_hr")):
         return None
     return name if module._parameters.get(name) is not None else None
@@ -265,7 +266,7 @@ def bias_of(model: nn.Module, target: Target) -> str | None:
 
 def is_lookup(model: nn.Module, target: Target) -> bool:
     """Return whether a weight is looked up, and so multiplies with nothing."""
-    module = model.get_submodule(target.name.rpartition(".")[0])
+    module = submodule(model, target.name.rpartition(".")[0])
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 

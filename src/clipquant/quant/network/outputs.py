@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clipquant.errors import ArgumentTypeError
+from clipquant.quant.codes.paths import submodule
 from clipquant.quant.network.calibration import Calibration, Forward
 from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.twin import Twin
@@ -44,7 +45,7 @@ def outputs_of(twin: Twin, batch: Any, forward: Forward, last: str) -> list[Tens
     ends: list[Tensor] = []
     handles = [
         module.register_forward_hook(lambda _m, _a, out, seen=seen: seen.extend(tensors_of(out)))
-        for module, seen in ((twin.model, whole), (twin.model.get_submodule(last), ends))
+        for module, seen in ((twin.model, whole), (submodule(twin.model, last), ends))
     ]
     try:
         twin.run(forward, batch)

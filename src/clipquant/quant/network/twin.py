@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clipquant.quant.codes.paths import submodule
+
 
 class Twin:
     """A model as it runs with other values for some of its parameters and buffers.
@@ -92,7 +94,7 @@ def _fits(old: Tensor, value: Tensor) -> bool:
 def _places(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """Return every module and attribute at which a model holds the tensor of a key."""
     path, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(path)
+    owner = submodule(model, path)
     if attribute in owner._buffers:
         return [(owner, attribute)]
     tensor = owner._parameters[attribute]

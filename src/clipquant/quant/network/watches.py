@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.errors import RunError
+from clipquant.quant.codes.paths import submodule
 from clipquant.quant.network.calibration import Calibration, EndLoop, Forward
 from clipquant.quant.network.layers import Target, weights_of
 from clipquant.quant.network.patches import Reader, heads_output, reader_of
@@ -54,7 +55,7 @@ def watches_of(model: nn.Module, target: Target) -> tuple[list[Watch], list[str]
 def _places(model: nn.Module, target: Target) -> Iterator[Target]:
     """Yield each weight of `model` that is the target's tensor."""
     held = target.name.rpartition(".")
-    owner = model.get_submodule(held[0])
+    owner = submodule(model, held[0])
     weight = getattr(owner, held[2])
     for place in weights_of(model):
         if place.weight is weight:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.quant.codes.pack import PackedTensor, pack_tensor
+from clipquant.quant.codes.paths import submodule
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.packed.layers import blockwise_forward
 from clipquant.quant.packed.weight import PackedWeight
@@ -47,7 +48,7 @@ def pack_modules_(
         owners.setdefault(path, []).append(attribute)
     done: set[nn.Module] = set()
     for path, attributes in owners.items():
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         if module in done:  # one layer under two names
             continue
         done.add(module)
