@@ -32,7 +32,6 @@ REASONS = {
     "callbacks/quantize_checks.py": "callbacks/test_quantize.py: what is refused before a fit",
     "callbacks/road/data.py": "callbacks/test_life_cycle.py and test_rehearsal.py: every kind of dataloader",
     "callbacks/road/loss.py": "budget/test_search.py: the training step's loss, and without one",
-    "callbacks/road/nested.py": "callbacks/road/test_judge.py: what a nested Trainer knows",
     "callbacks/road/precision.py": "callbacks/test_life_cycle.py: every precision",
     "callbacks/road/road.py": "callbacks/road/test_guest.py and test_judge.py: all that runs on it",
     "callbacks/road/silence.py": "callbacks/road/test_guest.py: what loggers and the terminal hear",

@@ -66,7 +66,8 @@ def nested_trainer(
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     outer = None if datamodule is None else datamodule.trainer
     with _kept_flags(), _kept_schedules(trainer):
-        inner = _inner(trainer, silence, _Host(datamodule, hooks), limit, bar)
+        with silence.quiet():
+            inner = _inner(trainer, silence, _Host(datamodule, hooks), limit, bar)
         _stand_where_(inner, trainer)
         try:
             if datamodule is not None:
