@@ -30,7 +30,7 @@ def test_what_stands_there_is_found_and_what_does_not_is_told():
     for missing in ("half.none", "half.type.deeper"):
         with pytest.raises(AttributeError, match=missing):
             submodule(net, missing)
-    with pytest.raises(AttributeError, match="half.weight"):
+    with pytest.raises(AttributeError, match=r"half\.weight"):
         parameter_at(net, "half.weight")
 
 
