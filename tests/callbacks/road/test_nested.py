@@ -28,11 +28,19 @@ class Small(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class Data(pl.LightningDataModule):
+    """Both loaders over the same random rows."""
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(32, 8)), 8)
+
+    val_dataloader = train_dataloader
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_hardware_tips_and_limits_are_announced_by_the_outer_trainer_alone(
     tmp_path, monkeypatch, bits
 ):
-    data = DataLoader(TensorDataset(torch.randn(32, 8)), 8)
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -42,7 +50,7 @@ def test_hardware_tips_and_limits_are_announced_by_the_outer_trainer_alone(
         max_epochs=1, callbacks=[QuantizeOnFitEnd(bits, dirpath=tmp_path)], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
-    trainer.fit(Small(), data, data)
+    trainer.fit(Small(), Data())
     assert any("GPU available" in line for line in said)
     for words in ("GPU available", "limit_val_batches", "Tip"):
         assert sum(words in line for line in said) <= 1, words
