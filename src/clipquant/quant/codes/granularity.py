@@ -13,7 +13,7 @@ from clipquant.quant.codes.ranges import mse_grid
 from clipquant.quant.codes.spec import Granularity, QuantSpec
 
 GROUPS = (128, 64, 32)
-SHORT = 1.0  # dB that a channel's scale may fall short of what it reaches on normally distributed weights
+SHORT = 3.0  # dB that a channel's scale may fall short of what it reaches on normally distributed weights
 _NORMAL = {1: 4.40, 2: 9.25, 3: 14.27, 4: 19.38, 5: 24.57, 6: 29.83}  # dB, Max 1960, uniform steps
 _SCALE_BITS = 16  # of a scale, and of a zero beside it
 _SAMPLE = 1 << 18  # weights that are looked at
@@ -22,7 +22,7 @@ _SAMPLE = 1 << 18  # weights that are looked at
 def fitting_granularity(matrix: Tensor, spec: QuantSpec) -> Granularity:
     """Return "channel" where one scale a channel holds, else the group size that pays best.
 
-    A channel's scale holds where the signal-to-noise ratio of the weights is at most 1 dB below that of
+    A channel's scale holds where the signal-to-noise ratio of the weights is at most 3 dB below that of
     normally distributed weights on their best uniform grid, so that a few large weights do not cost all
     others their bits. Where it does not hold, groups of 128, 64 and 32 are tried. A scale a group makes
     a weight dearer by some share of a bit, and a bit of width is worth a quarter of the squared error:
