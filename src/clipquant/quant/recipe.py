@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from clipquant.errors import ArgumentError
-from clipquant.quant.codes.granularity import fitting_granularity
+from clipquant.quant.codes.granularity import SHORT, SHORT_LOOKUP, fitting_granularity
 from clipquant.quant.codes.size import coded_bytes
 from clipquant.quant.codes.spec import Granularity, QuantSpec, check_bits
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.methods.base import reads_data
 from clipquant.quant.network.batchnorm import batch_norms
-from clipquant.quant.network.layers import Globs, Selection, Target, check_globs, select
+from clipquant.quant.network.layers import LOOKUPS, Globs, Selection, Target, check_globs, select
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class Recipe:
         if self.granularity is not None:
             return spec
         matrix = target.layout.fold(target.weight.detach())
-        return replace(spec, granularity=fitting_granularity(matrix, spec))
+        short = SHORT_LOOKUP if isinstance(target.module, LOOKUPS) else SHORT
+        return replace(spec, granularity=fitting_granularity(matrix, spec, short))
 
     def override(self, name: str) -> int | None:
         """Return the bits that a weight is given of its own."""

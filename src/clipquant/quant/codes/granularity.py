@@ -13,13 +13,16 @@ from clipquant.quant.codes.ranges import mse_grid
 from clipquant.quant.codes.spec import Granularity, QuantSpec
 
 GROUPS = (128, 64, 32)
+SHORT_LOOKUP = 1.0  # the same of rows that are looked up, whose errors no sum averages out
 SHORT = 3.0  # dB that a channel's scale may fall short of what it reaches on normally distributed weights
 _NORMAL = {1: 4.40, 2: 9.25, 3: 14.27, 4: 19.38, 5: 24.57, 6: 29.83}  # dB, Max 1960, uniform steps
 _SCALE_BITS = 16  # of a scale, and of a zero beside it
-_SAMPLE = 1 << 18  # weights that are looked at
+_SAMPLE = (
+    1 << 22
+)  # weights that are looked at: rows with outliers are few, and a sample may miss them
 
 
-def fitting_granularity(matrix: Tensor, spec: QuantSpec) -> Granularity:
+def fitting_granularity(matrix: Tensor, spec: QuantSpec, short: float = SHORT) -> Granularity:
     """Return "channel" where one scale a channel holds, else the group size that pays best.
 
     A channel's scale holds where the signal-to-noise ratio of the weights is at most 3 dB below that of
@@ -31,6 +34,7 @@ def fitting_granularity(matrix: Tensor, spec: QuantSpec) -> Granularity:
     Args:
         matrix: Floating (rows, columns); of large ones evenly spaced rows are looked at.
         spec: Its steps and symmetry.
+        short: dB that a channel may fall short; see `SHORT_LOOKUP`.
 
     Source:
         Max 1960, "Quantizing for minimum distortion", table II (uniform steps on a normal distribution).
@@ -47,7 +51,7 @@ def fitting_granularity(matrix: Tensor, spec: QuantSpec) -> Granularity:
     rows = matrix[:: max(matrix.numel() // _SAMPLE, 1)].float()
     error = _error(rows, spec)
     energy = float(rows.square().sum())
-    if not 0 < error < math.inf or 10 * math.log10(energy / error) >= limit - SHORT:
+    if not 0 < error < math.inf or 10 * math.log10(energy / error) >= limit - short:
         return "channel"
     tried: dict[Granularity, float] = {"channel": error}
     for size in (size for size in GROUPS if size < matrix.shape[1]):

@@ -20,6 +20,7 @@ from clipquant.quant.codes.weights import LeftInFloat, check_storable
 _Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.EmbeddingBag)
 _Recurrent = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 Globs: TypeAlias = Iterable[str] | None
@@ -267,7 +268,7 @@ def bias_of(model: nn.Module, target: Target) -> str | None:
 def is_lookup(model: nn.Module, target: Target) -> bool:
     """Return whether a weight is looked up, and so multiplies with nothing."""
     module = submodule(model, target.name.rpartition(".")[0])
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return isinstance(module, LOOKUPS)
 
 
 def lookups_of(model: nn.Module, targets: Iterable[Target]) -> frozenset[str]:
