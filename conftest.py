@@ -5,6 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: more threads than cores wait for each other. Set before torch is loaded.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from sybil import Sybil

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch  # noqa: F401
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 # A loaded machine must not fail an example for its time; CI must find the same examples twice.
@@ -29,11 +30,29 @@ def _brief_latency(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def in_two_processes(tmp_path_factory):
+def in_two_processes(tmp_path_factory, worker_id):
     """Run every script of checks in two processes, once; return a function that gives a check's traceback, if any."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch is built without gloo")
-    folder = tmp_path_factory.mktemp("two")
+    if worker_id == "master":
+        results = run_in_two_processes(tmp_path_factory.mktemp("two"))
+    else:
+        folder = tmp_path_factory.getbasetemp().parent / "two"  # of all workers of this run
+        with FileLock(f"{folder}.lock"):
+            if folder.exists():
+                results = [json.loads((folder / f"out{rank}").read_text()) for rank in (0, 1)]
+            else:
+                folder.mkdir()
+                results = run_in_two_processes(folder)
+
+    def outcome(script, check):
+        return "".join(result.get(f"{script}:{check}", "did not run") for result in results)
+
+    return outcome
+
+
+def run_in_two_processes(folder):
+    """Run every script of checks in two processes; return each one's {check: traceback}."""
     logs, started = [], []
     for rank in (0, 1):
         logs.append((folder / f"log{rank}").open("w+"))
@@ -47,8 +66,4 @@ def in_two_processes(tmp_path_factory):
         out = folder / f"out{rank}"
         assert out.exists(), log.read()
         results.append(json.loads(out.read_text()))
-
-    def outcome(script, check):
-        return "".join(result.get(f"{script}:{check}", "did not run") for result in results)
-
-    return outcome
+    return results
