@@ -1,5 +1,8 @@
 """Lightning's own commands: short names, wrong settings, a missing package."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,10 +37,9 @@ def test_second_clipping_ends_without_a_traceback(tmp_path, capsys):
 
 def test_wrong_type_in_a_file_is_wrong_usage(tmp_path, capsys):
     config = write_config(tmp_path, class_path="QuantizeOnFitEnd", init_args={"bits": "eight"})
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", "--config", config])
-    assert stopped.value.code == 2
-    assert "bits" in capsys.readouterr().err
+    assert main(["fit", "--config", config]) == 2
+    error = capsys.readouterr().err
+    assert "QuantizeOnFitEnd: bits must be int or 'auto'; got eight." in error
 
 
 def test_every_rule_is_known_by_its_short_name():
@@ -96,3 +98,17 @@ def test_errors_of_other_code_keep_their_traceback(tmp_path, monkeypatch):
     config = write_config(tmp_path, class_path="GradientClipCallback", init_args={"rule": 1.0})
     with pytest.raises(ValueError, match="not ours"):
         main(["fit", "--config", config])
+
+
+def test_a_class_of_a_file_in_the_current_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "own_of_the_folder.py").write_text(
+        "from clipquant import TwoConvNet\nclass Own(TwoConvNet):\n    pass\n"
+    )
+    config = Path(write_config(tmp_path, class_path="QuantizeOnFitEnd", init_args={"bits": 8}))
+    config.write_text(
+        config.read_text().replace("class_path: TwoConvNet", "class_path: own_of_the_folder.Own")
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    assert main(["fit", "--config", str(config)]) == 0
+    assert (tmp_path / "quantized" / "model.safetensors").is_file()

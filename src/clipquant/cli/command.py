@@ -13,6 +13,10 @@ class CommandError(ClipquantError):
     """What the user has to change on the command line; shown as it is, without a traceback."""
 
 
+class UsageError(CommandError):
+    """A command line or a configuration that cannot be read; the exit code is 2."""
+
+
 @dataclass(frozen=True)
 class Command:
     """One command on files: its help line, the arguments it takes and what it does with them.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from clipquant._version import __version__
-from clipquant.cli.command import Command, CommandError
+from clipquant.cli.command import Command, CommandError, UsageError
 from clipquant.cli.files import COMPARE, INSPECT, REPORT, VERIFY
 from clipquant.cli.formats import BENCH, EXPORT
 from clipquant.cli.trainer import TRAINER_COMMANDS, run_trainer
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if show_traceback or told is None:
             raise
         print(f"clipquant: error: {shown_lines(told)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(told, UsageError) else 1
 
 
 def run_command(args: Sequence[str]) -> int:
@@ -72,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="clipquant",
         description="Gradient clipping and weight quantization as PyTorch Lightning callbacks.",
         epilog="clipquant COMMAND --help shows the arguments of a command. "
-        "clipquant --traceback COMMAND ... shows where an error was raised.",
+        "clipquant --traceback COMMAND ... shows where an error was raised. "
+        "Exit codes: 0 done, 1 an error, 2 a command line or a configuration that cannot be read.",
     )
     parser.add_argument("--version", action="version", version=f"clipquant {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
