@@ -3,11 +3,12 @@
 import copy
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
-from clipquant import quantize
+from clipquant import QuantizeOnFitEnd, TwoConvNet, load_quantized, quantize
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.methods import Distill, Mse, Rtn
@@ -15,6 +16,7 @@ from clipquant.quant.network.calibration import Calibration, call_model
 from clipquant.quant.network.outputs import distance, tensors_of
 from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
+from clipquant.reference import RandomDigit
 
 
 class Tied(nn.Module):
@@ -272,8 +274,10 @@ def test_it_stops_when_its_own_loss_falls_no_more_and_when_its_time_is_up():
     weights = distilled(model, data, rate=1e-9, steps=500, patience=2)
     # Six batches a pass: the first sets the mark, two more do not fall below it.
     assert all("18 steps, when it fell no more" in note for note in weights.notes.values())
-    weights = distilled(model, data, steps=10**6, seconds=0.2)
-    assert all("when its 0.2 seconds were up" in note for note in weights.notes.values())
+    weights = distilled(model, data[:1], steps=10**6, patience=10**6)
+    assert all(" 50 steps," in note for note in weights.notes.values())
+    weights = distilled(model, data, steps=10**6, seconds=0.05)
+    assert all("when its 0.05 seconds were up" in note for note in weights.notes.values())
 
 
 def test_a_teacher_of_another_build_is_followed_and_left_as_it_is():
@@ -354,3 +358,30 @@ def test_other_dtypes(dtype):
     weights = distilled(model, data)
     assert {v.dtype for v in weights.state_dict().values()} == {dtype}
     assert apart(model, weights, data) < apart(model, start, data)
+
+
+@pytest.mark.parametrize("teacher", [None, TwoConvNet()])
+def test_in_a_fit_the_batches_are_the_trainers_and_the_file_is_what_was_learned(tmp_path, teacher):
+    method = Distill(steps=4, rate=0.01, start=Mse(), teacher=teacher)
+    callback = QuantizeOnFitEnd(
+        2, method=method, calibration_batches=4, dirpath=tmp_path, on_fail="raise"
+    )
+    trainer = pl.Trainer(
+        max_steps=2,
+        limit_val_batches=1,
+        callbacks=[callback],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    pl.seed_everything(0, verbose=False)
+    model = TwoConvNet()
+    trainer.fit(model, RandomDigit())
+    assert {layer.method for layer in callback.report.layers} <= {"distill", "mse"}
+    assert all(
+        "loss" in layer.note and "held apart" in layer.note for layer in callback.report.layers
+    )
+    state = load_quantized(callback.artifact_path)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -17,12 +17,13 @@ from clipquant.quant.codes.straight import Latent
 from clipquant.quant.methods.auto import Auto
 from clipquant.quant.methods.base import Found, Method, Problem, matrix_of, solved
 from clipquant.quant.network.batchnorm import reestimate
-from clipquant.quant.network.calibration import EndLoop
+from clipquant.quant.network.calibration import Calibration, EndLoop
 from clipquant.quant.network.layers import bias_of, check_finite, tied_keys
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.network.wanted import Loss, Wanted
 
 _OF_GRID, _OF_FLOATS = 0.1, 0.05  # rates of grids and of what stays in float, as shares of the rate
+_PASSES = 50  # most times that a batch is learned from
 _FALL = 0.99  # share of the lowest mean so far below which that of a pass counts as lower
 
 
@@ -40,7 +41,7 @@ class Distill(Method):
     it is after a loss that is NaN or infinite, and the report says so.
 
     Args:
-        steps: Steps of Adam, its rate falling to 0 by a cosine.
+        steps: Steps of Adam, its rate falling to 0 by a cosine; no batch is learned from more than 50 times.
         seconds: Most seconds that they may take, without the start's; None: no limit. With a limit that
             is reached, two runs may differ.
         rate: The first rate of the codes, in steps of their grid.
@@ -100,7 +101,7 @@ class Distill(Method):
         """Return what is trained from `start` on, or `start` where that is no nearer to what is wanted."""
         pupil = _Pupil(problem, start)
         before = wanted.mean_error(pupil.twin)
-        course = _Course(self)
+        course = _Course(self, wanted.calibration)
         self._learn(pupil, wanted, course)
         names = [target.name for target in problem.targets]
         if course.failed:
@@ -119,10 +120,9 @@ class Distill(Method):
         tensors = [leaf.requires_grad_(True) for _, leaf in leaves]
         groups = [{"params": [leaf], "lr": rate, "peak": rate} for rate, leaf in leaves]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        numbers = [n for n in range(len(calibration)) if calibration.fitted(n)]
 
         def visit(number: int, batch: Any) -> None:
-            calibration.tell("distillation", course.step, self.steps)
+            calibration.tell("distillation", course.step, course.steps)
             share = course.rate_now()
             for params in optimizer.param_groups:
                 params["lr"] = params["peak"] * share
@@ -135,9 +135,9 @@ class Distill(Method):
                 leaf.grad = slope
             optimizer.step()
             pupil.limit_()
-            course.went(float(error.detach()), len(numbers))
+            course.went(float(error.detach()))
 
-        calibration.each(visit, _shuffled(numbers, self.steps, self.seed))
+        calibration.each(visit, course.order())
         for leaf in tensors:
             leaf.requires_grad_(False)
 
@@ -145,15 +145,26 @@ class Distill(Method):
 class _Course:
     """How learning goes: the steps taken, and why it ended; it ends by raising `EndLoop`."""
 
-    def __init__(self, knobs: Distill) -> None:
+    def __init__(self, knobs: Distill, calibration: Calibration) -> None:
         self.knobs, self.began = knobs, time.monotonic()
+        self.batches = [n for n in range(len(calibration)) if calibration.fitted(n)]
+        self.steps = min(knobs.steps, _PASSES * len(self.batches))
         self.step, self.failed, self.said = 0, False, "1 step"
         self.errors: list[float] = []  # of this pass
         self.lowest, self.waited = math.inf, 0
 
+    def order(self) -> list[int]:
+        """Return the numbers of the batches in an order drawn anew for each pass, one for each step."""
+        generator = torch.Generator().manual_seed(self.knobs.seed)
+        found: list[int] = []
+        while len(found) < self.steps:
+            drawn = torch.randperm(len(self.batches), generator=generator).tolist()
+            found += [self.batches[i] for i in drawn]
+        return found[: self.steps]
+
     def rate_now(self) -> float:
         """Return the share of its first value that the rate has come down to."""
-        done = self.step / self.knobs.steps
+        done = self.step / self.steps
         if self.knobs.seconds is not None:
             done = max(done, (time.monotonic() - self.began) / self.knobs.seconds)
             if done >= 1:
@@ -165,14 +176,14 @@ class _Course:
             self.failed = True
             self._end(f"its loss or a gradient was NaN or infinite at step {self.step + 1}")
 
-    def went(self, error: float, batches: int) -> None:
+    def went(self, error: float) -> None:
         """Take note of a step's loss; after a pass over all batches look whether it still falls."""
         self.step += 1
         self.said = f"{self.step} steps"
         self.errors.append(error)
-        if len(self.errors) < batches:
+        if len(self.errors) < len(self.batches):
             return
-        mean = sum(self.errors) / batches
+        mean = sum(self.errors) / len(self.errors)
         self.errors.clear()
         self.waited = 0 if mean < _FALL * self.lowest else self.waited + 1
         self.lowest = min(mean, self.lowest)
@@ -253,15 +264,6 @@ def vectors(problem: Problem) -> dict[str, nn.Parameter]:
         for n, p in held.items()
         if n not in taken and p.dim() == 1 and p.numel() and p.is_floating_point()
     }
-
-
-def _shuffled(numbers: Sequence[int], steps: int, seed: int) -> list[int]:
-    """Return the numbers of batches in an order drawn anew for each pass, `steps` in all."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < steps:
-        order += [numbers[i] for i in torch.randperm(len(numbers), generator=generator).tolist()]
-    return order[:steps]
 
 
 def _check(knobs: Distill) -> None:
