@@ -11,7 +11,9 @@ from torch import Tensor
 
 from clipquant.quant.codes.grid import Coded, Grid, group, symmetric_zero, ungroup
 
-_CELL = 0.49  # how far from a code a latent code may begin: it is rounded to that code still
+_NEAR = (
+    0.3  # share of its way from the nearest code at which a weight begins: few steps flip no code
+)
 
 
 @dataclass
@@ -40,13 +42,16 @@ class Latent:
 
     @classmethod
     def of(cls, matrix: Tensor, start: Coded) -> Latent:
-        """Return the latent codes of a float matrix that begin at given codes, on the side of its weights.
+        """Return latent codes that begin at given codes, a little towards the weights that are nearest to them.
+
+        A weight that the start has given another code than the nearest one begins in the middle of that
+        code. At the edge the first steps would flip it, and thousands at once undo what the start has done.
 
         >>> grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 3, 2)
         >>> first = Coded(torch.tensor([[0, 2]]).byte(), grid)
         >>> made = Latent.of(torch.tensor([[0.7, 2.25]]), first)
         >>> made.place, made.coded().codes
-        (tensor([[0.4900, 2.2500]]), tensor([[0, 2]], dtype=torch.uint8))
+        (tensor([[0.0000, 2.0750]]), tensor([[0, 2]], dtype=torch.uint8))
         """
         grid, codes = start.grid, start.codes.float()
         stretch = torch.zeros_like(grid.scale, dtype=torch.float32)
@@ -54,7 +59,8 @@ class Latent:
         scale, zero = (part.float().unsqueeze(-1) for part in made._grid())
         step = torch.where(scale == 0, torch.inf, scale)
         place = ungroup(group(matrix.float(), grid.group_size) / step + zero, matrix.shape[1])
-        made.place = torch.maximum(torch.minimum(place, codes + _CELL), codes - _CELL)
+        off = place - codes
+        made.place = codes + torch.where(off.abs() <= 0.5, _NEAR * off, 0.0)
         return made
 
     def leaves(self) -> Iterator[tuple[bool, Tensor]]:

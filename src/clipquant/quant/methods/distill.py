@@ -22,7 +22,7 @@ from clipquant.quant.network.layers import bias_of, check_finite, tied_keys
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.network.wanted import Loss, Wanted
 
-_OF_GRID, _OF_FLOATS = 0.1, 0.05  # rates of grids and of what stays in float, as shares of the rate
+_OF_GRID, _OF_FLOATS = 0.2, 0.2  # rates of grids and of what stays in float, as shares of the rate
 _PASSES = 50  # most times that a batch is learned from
 _FALL = 0.99  # share of the lowest mean so far below which that of a pass counts as lower
 
@@ -69,7 +69,7 @@ class Distill(Method):
 
     steps: int = 400
     seconds: float | None = None
-    rate: float = 0.02
+    rate: float = 0.006
     patience: int = 8
     loss: Loss = "auto"
     seed: int = 0
