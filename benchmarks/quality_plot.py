@@ -8,6 +8,7 @@ STYLES = {  # ours in warm colours and full lines, the peers in cold ones and da
     "clipquant hqq": ("#d35fb7", "-"),
     "clipquant gptq": ("#c0392b", "-"),
     "clipquant adaround": ("#7b1e3a", "-"),
+    "clipquant distill": ("#d1495b", "-"),
     "optimum-quanto": ("#1f77b4", "--"),
     "torchao": ("#17a2b8", "--"),
     "hqq axis 1": ("#2e8b57", "--"),

@@ -31,8 +31,8 @@ from torch import nn
 from clipquant import TwoConvNet, quantize
 from clipquant.reference import FashionMNIST
 
-METHODS = ("rtn", "mse", "hqq", "gptq", "adaround")
-CALIBRATED = ("gptq", "adaround")
+METHODS = ("rtn", "mse", "hqq", "gptq", "adaround", "distill")
+CALIBRATED = ("gptq", "adaround", "distill")
 OURS = [f"clipquant {method}" for method in METHODS]
 CALIBRATION_IMAGES = 1024
 ROWS = 8  # reactions of a calibration batch, cut to the longest of them

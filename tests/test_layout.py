@@ -56,6 +56,7 @@ REASONS = {
     "quant/network/noise.py": "quant/network/test_moments.py: chance told from signal",
     "quant/network/outputs.py": "quant/methods/test_adaround.py: outputs of every form",
     "quant/network/patches.py": "quant/methods/test_layerwise.py: convolutions against torch's own",
+    "quant/network/wanted.py": "quant/methods/test_distill.py: what is wanted, by whom, and how near it is",
     "quant/network/watches.py": "quant/methods/test_layerwise.py: every kind of layer, used once, twice or never",
     "quant/packed/layers.py": "quant/packed/test_modules.py: every kind of layer",
     "quant/packed/weight.py": "quant/packed/test_modules.py: every width and layout",

@@ -61,8 +61,9 @@ class QuantizeOnFitEnd(Callback):
             channel where that holds, else groups of 128, 64 or 32 weights, whichever pay for their scales.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range; "gptq",
             codes that keep the layers' outputs on train batches; "adaround", codes learned until the
-            network's outputs are kept; "auto", the best of the quick ones for the width; or an object
-            with `name`, `needs_data` and `solve`, see `clipquant.quant.methods.Method`.
+            network's outputs are kept; "distill", codes, grids and biases trained on its outputs for 2 bits
+            and less; "auto", the best of the quick ones for the width; or an object with `name`,
+            `needs_data` and `solve`, see `clipquant.quant.methods.Method`.
         calibration_batches: How many batches of the train dataloader calibrate; 0: data-free.
         max_drop: Most that the monitored metric may lose, in its own units; needs bits="auto".
         max_size: Most bytes of the file: a number, a fraction of the fp32 size, or "300kB"; needs

@@ -62,8 +62,9 @@ def quantize(
             channel where that holds, else groups of 128, 64 or 32 weights, whichever pay for their scales.
         method: "rtn", round to nearest on the min-max grid; "mse" and "hqq", on a better range;
             "gptq", codes that keep the layers' outputs on `data`; "adaround", codes learned until the
-            network's outputs are kept; "auto", the best of the quick ones for the width and the data;
-            or an object with `name`, `needs_data` and `solve`, see `clipquant.quant.methods.Method`.
+            network's outputs are kept; "distill", codes, grids and biases trained on its outputs for 2 bits
+            and less; "auto", the best of the quick ones for the width and the data; or an object with
+            `name`, `needs_data` and `solve`, see `clipquant.quant.methods.Method`.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights.

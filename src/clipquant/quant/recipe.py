@@ -131,8 +131,8 @@ def check_method(method: Any) -> None:
     >>> check_method("awq")
     Traceback (most recent call last):
     ...
-    clipquant.errors.ArgumentError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq', 'adaround', or an \
-object with name, \
+    clipquant.errors.ArgumentError: method must be one of 'auto', 'rtn', 'mse', 'hqq', 'gptq', 'adaround', \
+'distill', or an object with name, \
 needs_data and solve(problem); got 'awq'.
     """
     known = method in METHODS if isinstance(method, str) else isinstance(method, Method)
