@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -102,7 +103,7 @@ def quantize(
             made = quantize_auto(
                 twin_of(model), goal, _seen(model, recipe, calibration), before, judge
             )
-        return made.reported(calibration=f"{len(batches)} batches of the data given")
+        return _warned(made.reported(calibration=f"{len(batches)} batches of the data given"))
     if max_drop is not None or max_size is not None:
         raise ArgumentError(
             f"max_drop and max_size need bits='auto', which chooses the bits by them; got bits={bits!r}."
@@ -111,6 +112,7 @@ def quantize(
     with progress_bar(progress) as tell:
         guest = twin_of(model) if batches else model
         made = quantize_by(recipe, guest, Calibration(batches, forward, tell))
+    _warned(made)
     if score is None:
         return made
     before = {"score": float(score(model))}
@@ -131,6 +133,13 @@ def quantize_by(
     """
     weights = quantize_weights(model, recipe, calibration)
     return QuantizedModel(weights, make_report(weights, model))
+
+
+def _warned(made: QuantizedModel) -> QuantizedModel:
+    """Return the same, after one warning where the network is likely harmed."""
+    if made.report.warning:
+        warnings.warn(f"The quantized network is {made.report.warning}.", stacklevel=4)
+    return made
 
 
 def _auto_data(data: Iterable[Any] | None, count: int) -> list[Any]:

@@ -12,8 +12,10 @@ from clipquant.quant.codes.grid import Coded
 from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights, rest_of
 from clipquant.quant.codes.zeros import is_pruned, kept_zeros, lost_zeros, with_zero
+from clipquant.quant.harm import output_errors
 from clipquant.quant.methods import Found, Problem
-from clipquant.quant.methods.base import matrix_of, solved
+from clipquant.quant.methods.auto import PLENTY
+from clipquant.quant.methods.base import matrix_of, reads_data, solved
 from clipquant.quant.network.batchnorm import reestimate
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import lookups_of
@@ -82,7 +84,14 @@ def quantize_weights(
         return weights
     with evaluating(model):
         statistics = reestimate(Twin(model), problem.twin(found), calibration)
-    return weights.following(statistics)
+        judged = {
+            name
+            for name, spec in specs.items()
+            if spec.width < PLENTY and reads_data(recipe.solver, spec)
+        }
+        errors = output_errors(problem, found, statistics, calibration) if judged else {}
+    own = {name: error for name, error in errors.items() if name in judged - lookups}
+    return replace(weights.following(statistics), errors=own)
 
 
 def _with_zeros(found: Found, problem: Problem) -> Found:

@@ -13,7 +13,8 @@ from clipquant.quant.codes.grid import Grid, dequantize_rows, row_chunks
 from clipquant.quant.codes.pack import packed_bytes
 from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights
-from clipquant.report.record import Histogram, LayerRecord
+from clipquant.quant.harm import harms
+from clipquant.report.record import HARMED, Histogram, LayerRecord
 
 BINS = 48
 SAMPLE = 1 << 18  # weights that show the shape of a distribution to the height of a bar
@@ -33,19 +34,26 @@ def layer_records(
         originals: State-dict key -> float weight.
         sensitivities: State-dict key -> expected increase of the loss.
     """
-    return tuple(
-        replace(
-            layer_record(
-                name,
-                tensor,
-                sqnr_of(originals[name], tensor),
-                (sensitivities or {}).get(name),
-                histogram(originals[name], tensor),
-            ),
-            note=weights.notes.get(name, ""),
+    records = [
+        layer_record(
+            name,
+            tensor,
+            sqnr_of(originals[name], tensor),
+            (sensitivities or {}).get(name),
+            histogram(originals[name], tensor),
         )
         for name, tensor in weights.tensors.items()
-    )
+    ]
+    return tuple(replace(record, note=_note(record, weights)) for record in records)
+
+
+def _note(record: LayerRecord, weights: QuantizedWeights) -> str:
+    """Return what is to be known of a weight, its likely harm first; rows of unlike width were weighed by a budget."""
+    own = weights.notes.get(record.name, "")
+    if len(record.rows) > 1:
+        return own
+    why = harms(record.bits, record.sqnr_db, weights.errors.get(record.name))
+    return "; ".join(filter(None, (f"{HARMED}: {why}" if why else "", own)))
 
 
 def layer_record(

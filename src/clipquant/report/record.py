@@ -9,6 +9,8 @@ from typing import Any
 
 from clipquant.quant.codes.weights import LeftInFloat
 
+HARMED = "likely harmed"  # begins the note of a weight whose figures say so
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -175,11 +177,26 @@ class QuantizationReport:
         return None if before is None or after is None else drop_of(before, after, self.mode)
 
     @property
+    def harmed(self) -> tuple[str, ...]:
+        """Names of the weights whose rounding likely harms the network, whatever a metric says."""
+        return tuple(layer.name for layer in self.layers if layer.note.startswith(HARMED))
+
+    @property
+    def warning(self) -> str:
+        """Which weights are likely harmed, and the remedy; empty where none is."""
+        if not self.harmed:
+            return ""
+        named = ", ".join(self.harmed[:3])
+        more = f" and {len(self.harmed) - 3} more" if len(self.harmed) > 3 else ""
+        return f"{HARMED}: {named}{more}; use 6 bits or groups (granularity=64)"
+
+    @property
     def verdict(self) -> str:
         """Whether the budgets are met, or without any what was gained, in one line."""
         size = f"{self.size_bytes:,} bytes, {ratio_said(self.ratio)}"
         if self.drop is not None:
             size += f"; {self.monitor} {_change(self.drop)}"
+        size += f"; {self.warning}" if self.warning else ""
         if self.budget is None:
             return size
         if self.budget.failure:
@@ -206,7 +223,9 @@ class QuantizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-able values, infinities and NaN as null."""
-        computed = {"ratio": self.ratio, "drop": self.drop, "verdict": self.verdict}
+        computed = {
+            "ratio": self.ratio, "drop": self.drop, "verdict": self.verdict, "harmed": self.harmed,
+        }  # fmt: skip
         return {**jsonable(asdict(self)), **jsonable(computed)}
 
 

@@ -15,7 +15,7 @@ from clipquant.quant.codes.spec import Granularity, QuantSpec
 GROUPS = (128, 64, 32)
 SHORT_LOOKUP = 1.0  # the same of rows that are looked up, whose errors no sum averages out
 SHORT = 3.0  # dB that a channel's scale may fall short of what it reaches on normally distributed weights
-_NORMAL = {1: 4.40, 2: 9.25, 3: 14.27, 4: 19.38, 5: 24.57, 6: 29.83}  # dB, Max 1960, uniform steps
+NORMAL = {1: 4.40, 2: 9.25, 3: 14.27, 4: 19.38, 5: 24.57, 6: 29.83}  # dB, Max 1960, uniform steps
 _SCALE_BITS = 16  # of a scale, and of a zero beside it
 _SAMPLE = (
     1 << 22
@@ -45,7 +45,7 @@ def fitting_granularity(matrix: Tensor, spec: QuantSpec, short: float = SHORT) -
     >>> fitting_granularity(plain, QuantSpec(4)), fitting_granularity(outliers, QuantSpec(4))
     ('channel', 64)
     """
-    limit = _NORMAL.get(spec.width)
+    limit = NORMAL.get(spec.width)
     if limit is None or spec.levels is not None or matrix.shape[1] <= GROUPS[-1]:
         return "channel"
     rows = matrix[:: max(matrix.numel() // _SAMPLE, 1)].float()

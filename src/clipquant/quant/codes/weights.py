@@ -24,6 +24,7 @@ class QuantizedWeights:
         left: What stays in float, and why.
         notes: State-dict key -> what the reader should know of a weight, such as a fallback.
         lookups: Keys of the quantized weights that are looked up, as those of embeddings.
+        errors: State-dict key -> error of its layer's outputs as a share of their variance, where measured.
     """
 
     tensors: Mapping[str, QuantizedTensor]
@@ -32,6 +33,7 @@ class QuantizedWeights:
     left: tuple[LeftInFloat, ...]
     notes: Mapping[str, str] = field(default_factory=dict)
     lookups: frozenset[str] = frozenset()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every key of the model's state dict, the quantized weights dequantized."""

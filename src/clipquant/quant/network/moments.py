@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -138,18 +138,11 @@ def observe(
     Raises:
         ValueError: If an input is NaN or infinite, naming layer and batch.
     """
-    exact, rounded = twins
     sums = {t.name: _Sums(t, limit) for t in targets}
     apart = {t.name: _Sums(t, limit) for t in targets}
 
     def visit(number: int, batch: Any) -> None:
-        taken = Decisions()
-        with taken.recorded():
-            floats = _inputs(exact, targets, batch, calibration.forward, number)
-        others = floats
-        if rounded is not exact:
-            with taken.followed():
-                others = _inputs(rounded, targets, batch, calibration.forward, number)
+        floats, others = inputs_met(twins, targets, batch, calibration, number)
         for name, inputs in others.items():
             pairs = zip(inputs, floats.get(name, ()), strict=False)
             for (place, x), (_, f) in pairs:
@@ -163,6 +156,35 @@ def observe(
         for name, s in sums.items()
         if s.count
     }
+
+
+Met: TypeAlias = dict[str, list[tuple[Target, Tensor]]]
+
+
+def inputs_met(
+    twins: tuple[Twin, Twin],
+    targets: Sequence[Target],
+    batch: Any,
+    calibration: Calibration,
+    number: int,
+) -> tuple[Met, Met]:
+    """Return what each weight meets in the float network and in the other, driven by the float one's decisions.
+
+    Args:
+        twins: The float network, and another; the same twice is run once.
+        targets: The weights.
+        batch: As the calibration's loop brings it.
+        calibration: How it is run.
+        number: Of the batch, for messages.
+    """
+    exact, rounded = twins
+    taken = Decisions()
+    with taken.recorded():
+        floats = _inputs(exact, targets, batch, calibration.forward, number)
+    if rounded is exact:
+        return floats, floats
+    with taken.followed():
+        return floats, _inputs(rounded, targets, batch, calibration.forward, number)
 
 
 def _add_(sums: _Sums, apart: _Sums, pair: tuple[Tensor, Tensor], share: float) -> None:
@@ -186,9 +208,9 @@ def _thinned(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inputs(
     twin: Twin, targets: Sequence[Target], batch: Any, forward: Forward, number: int
-) -> dict[str, list[tuple[Target, Tensor]]]:
+) -> Met:
     watches = [(t.name, w) for t in targets for w in watches_of(twin.model, t)[0]]
-    met: dict[str, list[tuple[Target, Tensor]]] = {}
+    met: Met = {}
 
     def see(index: int, value: Tensor) -> None:
         name, watch = watches[index]
