@@ -18,6 +18,7 @@ REASONS = {
     "artifact/weights.py": "artifact/test_hostile.py: every field refused by name, artifact/test_fuzz.py",
     "callbacks/auto.py": "budget/test_search.py runs it in real fits",
     "callbacks/checkpoint.py": "callbacks/test_quantize.py runs it in real fits",
+    "callbacks/clip_attached.py": "callbacks/test_clip_changes.py runs it in real fits",
     "callbacks/clip_evaluations.py": "callbacks/test_gradient_clip_kinds.py runs it in real fits",
     "callbacks/clip_figures.py": "callbacks/test_gradient_clip.py runs it in real fits",
     "callbacks/clip_folding.py": "callbacks/test_gradient_clip_precision.py folds in real fits",

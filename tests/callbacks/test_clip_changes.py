@@ -6,6 +6,7 @@ import functools
 import pickle
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from clipquant import GradientClipCallback
 from clipquant.clip import AGC, AutoClip, Norm, Value, ZClip
+from clipquant.errors import ArgumentError, ClipquantError
 
 LIMIT = 0.01
 both = pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
@@ -314,14 +316,6 @@ def test_groups_are_logged_by_their_names() -> None:
     assert {"grad_norm/body", "grad_norm/group_1"} <= rows.rows[0].keys()
 
 
-def test_zero_is_told_to_freeze_the_model_and_a_rule_of_zero_is_meant() -> None:
-    with pytest.warns(UserWarning, match="gradient_clip_val=0 does in Lightning.*freeze"):
-        GradientClipCallback(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        GradientClipCallback(Value(0.0))
-
-
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("rule", [Norm(0.0), Norm(1e-38), AutoClip(10)], ids=repr)
 def test_coefficients_of_zero_under_fused_optimizers_as_without(rule: Any, fused: bool) -> None:
@@ -455,3 +449,41 @@ def test_the_other_packages_command_line_takes_the_callback(tmp_path: Any) -> No
     (callback,) = [c for c in line.trainer.callbacks if isinstance(c, GradientClipCallback)]
     assert isinstance(callback, library.Callback)
     assert callback.rule.rules == (AGC(), Norm(0.5))
+
+
+def test_zero_for_a_parameter_group_is_refused_with_both_readings() -> None:
+    module = Net(grouped(0))
+    with pytest.raises(ArgumentError, match=r'parameter group \d, key "clip".*None.*Value\(0.0\)'):
+        trainer(GradientClipCallback(Norm(1.0))).fit(module, batches())
+
+
+def test_two_callbacks_alike_in_one_trainer_are_refused_by_name() -> None:
+    alike = [GradientClipCallback(Norm(1.0), exclude=["b.bias"]) for _ in range(2)]
+    with pytest.raises(
+        ClipquantError, match=r"two GradientClipCallbacks .*Norm.*'b.bias'.*remove one"
+    ):
+        trainer(*alike).fit(Net(), batches())
+    # Each alone, and both for parameters of their own, are in order.
+    trainer(alike[0]).fit(Net(), batches())
+    apart = [GradientClipCallback(Norm(1.0), **{how: ["b.*"]}) for how in ("include", "exclude")]
+    trainer(*apart).fit(Net(), batches())
+
+
+def test_the_key_in_a_checkpoint_is_the_settings_own() -> None:
+    first, second = GradientClipCallback(Norm(1.0)), GradientClipCallback(Norm(1.0))
+    for callback in (first, second):
+        trainer(callback).fit(Net(), batches())
+    assert first.state_key == second.state_key
+
+
+def test_resuming_with_another_rule_is_said_once(tmp_path: Path) -> None:
+    run = trainer(GradientClipCallback(ZClip(warmup=2)))
+    run.fit(Net(), batches())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    callback = GradientClipCallback(Norm(1.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callback, max_epochs=2).fit(Net(), batches(), ckpt_path=tmp_path / "a.ckpt")
+    said = [str(w.message) for w in caught if "ZClip" in str(w.message)]
+    assert len([s for s in said if "counts go on, the state of the rule starts anew" in s]) == 1
+    assert callback._progress[0].steps == 2 * run.global_step

@@ -74,7 +74,7 @@ def test_lbfgs_takes_other_rules_with_a_warning(rule: Any) -> None:
 
 
 def test_globs_must_match_a_parameter() -> None:
-    names = [f"layer{i}.weight" for i in range(7)]
+    names = {i: [f"layer{i}.weight"] for i in range(7)}
     check_globs("include", ["layer3.*", "*.weight"], names)
     check_globs("include", None, names)
     with pytest.raises(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
+from clipquant.clip.progress import Progress
 from clipquant.clip.rule import Rule, State
 
 
@@ -20,10 +22,12 @@ class Resume:
     Args:
         loaded: Whether a state was loaded since the last fit ended.
         seen: Indices of the optimizers that took a step in this fit.
+        set_up: Whether a Trainer has set the callback up, ever.
     """
 
     loaded: bool = False
     seen: set[int] = field(default_factory=set)
+    set_up: bool = False
     _module: weakref.ref[Any] | None = field(default=None, repr=False)
 
     def goes_on(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -53,6 +57,37 @@ def public_kind(kind: str) -> str:
 def described(rule: Rule) -> str:
     """Return what tells a rule from others, the same in every process."""
     return repr(rule) if is_dataclass(rule) else kind_of(rule)
+
+
+def saved(rule: Rule, progress: Mapping[int, Progress]) -> dict[str, Any]:
+    """Return what a checkpoint holds: the kind of the rule, and each optimizer's progress by its index."""
+    return {
+        "rule": kind_of(rule),
+        "optimizers": {i: each.state_dict() for i, each in progress.items()},
+    }
+
+
+def restored(rule: Rule, state: Mapping[str, Any]) -> dict[int, Progress]:
+    """Return the progress that `saved` was given, without states that another rule than `rule` has left."""
+    progress = {int(i): Progress.from_state_dict(own) for i, own in state["optimizers"].items()}
+    kind = public_kind(state["rule"])
+    if kind == kind_of(rule) or not any(p.state for p in progress.values()):
+        return progress
+    rank_zero_warn(
+        f"the checkpoint was written with the rule {kind}, this run clips with {kind_of(rule)}: counts go on, the "
+        "state of the rule starts anew"
+    )
+    return {i: replace(p, state=states_of_groups(p.state)) for i, p in progress.items()}
+
+
+def settings_in_key(callback: Any) -> dict[str, Any]:
+    """Return what tells the states of clipping callbacks apart in a checkpoint."""
+    return {
+        "optimizers": callback.optimizers,
+        "include": callback.include,
+        "exclude": callback.exclude,
+        "rule": described(callback.rule),
+    }
 
 
 def state_of_another_rule(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 from weakref import WeakSet
@@ -10,6 +11,7 @@ from weakref import WeakSet
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
+from clipquant.callbacks.clip_checks import refuse_zero
 from clipquant.clip.assign import OVERRIDE, Assignment, as_rule, assign
 from clipquant.clip.rule import Rule
 
@@ -40,8 +42,9 @@ class Targets:
         self._held: list[Any] = []
         self._assignment: Assignment | None = None
         keep_rules_out_of_states(optimizer)
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             if group.get(OVERRIDE) is not None:
+                refuse_zero(group[OVERRIDE], f'parameter group {index}, key "{OVERRIDE}"')
                 as_rule(group[OVERRIDE])
 
     def assignment(self, pl_module: pl.LightningModule) -> Assignment:
@@ -82,6 +85,16 @@ def keep_rules_out_of_states(optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(_with_own_rules)
 
 
+def keep_rules_out_of_checkpoint(
+    optimizers: Sequence[Optimizer], checkpoint: MutableMapping[str, Any]
+) -> None:
+    """Keep the rules of parameter groups out of a file, whoever asked for it and when."""
+    for optimizer in optimizers:
+        keep_rules_out_of_states(optimizer)
+    if "optimizer_states" in checkpoint:
+        checkpoint["optimizer_states"] = list(map(without_rules, checkpoint["optimizer_states"]))
+
+
 def without_rules(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer's state dict without the rules of its parameter groups."""
     groups = state.get("param_groups", [])
@@ -113,3 +126,25 @@ def parameter_names(pl_module: pl.LightningModule) -> dict[int, list[str]]:
     for name, param in pl_module.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name.replace("_orig_mod.", ""))
     return names
+
+
+def index_of(
+    optimizer: Optimizer, known: Sequence[Optimizer], chosen: Sequence[int] | None
+) -> int | None:
+    """Return the index of an optimizer if it is to be clipped; one exchanged behind the Trainer's back counts.
+
+    Args:
+        optimizer: The optimizer that is about to step.
+        known: The Trainer's optimizers.
+        chosen: Indices of those to clip; None for all.
+    """
+    index = next((i for i, each in enumerate(known) if each is optimizer), None)
+    if index is None and (len(known) == 1 or chosen is None):
+        index = 0 if len(known) == 1 else len(known)
+    return index if chosen is None or index in chosen else None
+
+
+def within(assignment: Assignment, step: int, start: int, stop: int | None) -> Assignment:
+    """Return the assignment, or one that clips nothing where the step is outside [start, stop)."""
+    inside = start <= step and (stop is None or step < stop)
+    return assignment if inside else replace(assignment, parts=())

@@ -9,50 +9,52 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from clipquant.callbacks.clip_attached import Attached
 from clipquant.callbacks.clip_checks import (
     as_count,
     as_globs,
     as_indices,
     as_limit,
+    as_log,
+    as_steps,
     check_globs,
     check_indices,
     check_optimizer,
     check_streak,
     refuse_second_clipping,
     refuse_strategy,
+    refuse_twins,
+    refuse_zero,
     warn_of_tuners,
     warn_of_unseen_steps,
-    warn_of_zero,
 )
-from clipquant.callbacks.clip_evaluations import Evaluations
 from clipquant.callbacks.clip_figures import Log, figures, group_names, logs_now, own_name
 from clipquant.callbacks.clip_folding import is_last_reader, may_fold
+from clipquant.callbacks.clip_keywords import naming_remedies
 from clipquant.callbacks.clip_resume import (
     Resume,
-    described,
-    kind_of,
-    public_kind,
+    restored,
+    saved,
+    settings_in_key,
     state_of_another_rule,
-    states_of_groups,
 )
 from clipquant.callbacks.clip_scaler import Unscaling, divided, scaler_of
 from clipquant.callbacks.clip_targets import (
     Targets,
-    keep_rules_out_of_states,
+    index_of,
+    keep_rules_out_of_checkpoint,
     parameter_names,
-    without_rules,
+    within,
 )
 from clipquant.callbacks.lightning import Callback
 from clipquant.clip.apply import clip_assigned_
 from clipquant.clip.assign import Assignment, as_rule
 from clipquant.clip.finite import OnNonfinite, check_policy
-from clipquant.clip.fold import fold_, unfold_, unfold_after_step
+from clipquant.clip.fold import unfold_
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule
-from clipquant.errors import ArgumentError
 
 
 class GradientClipCallback(Callback):
@@ -80,13 +82,14 @@ class GradientClipCallback(Callback):
         record: `ClipRecord` of the last step, None before the first.
 
     Raises:
-        TypeError: `rule` is no rule, or a list was expected.
-        ValueError: A value is out of range.
+        TypeError: `rule` is no rule, a list was expected, or there is no argument of this name.
+        ValueError: A value is out of range, or `rule` is the number 0, which means two things.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[GradientClipCallback(1.0)], logger=False, accelerator="cpu")
     """
 
+    @naming_remedies
     def __init__(
         self,
         rule: float | Rule = 1.0,
@@ -101,8 +104,8 @@ class GradientClipCallback(Callback):
         stop_step: int | None = None,
         log: Log = True,
     ) -> None:
+        refuse_zero(rule)
         self.rule = as_rule(rule)
-        warn_of_zero(rule)
         self.on_nonfinite = check_policy(on_nonfinite)
         self.max_consecutive_skips = as_count(
             "max_consecutive_skips", max_consecutive_skips, 0, "None for no limit"
@@ -111,37 +114,29 @@ class GradientClipCallback(Callback):
         self.include = as_globs("include", include)
         self.exclude = as_globs("exclude", exclude)
         self.optimizers = as_indices(optimizers)
-        self.start_step = as_count("start_step", start_step, 0, "0 clips from the start") or 0
-        self.stop_step = as_count("stop_step", stop_step, 0, "None clips to the end")
-        if stop_step is not None and stop_step <= self.start_step:
-            raise ArgumentError(
-                f"stop_step must be greater than start_step={start_step}, got {stop_step!r}"
-            )
-        if log not in (True, False, "groups", "params"):
-            raise ArgumentError(f'log must be true, false, "groups" or "params", got {log!r}')
-        self.log_mode: Log = log
+        self.start_step, self.stop_step = as_steps(start_step, stop_step)
+        self.log_mode: Log = as_log(log)
         self.record: ClipRecord | None = None
         self._progress: dict[int, Progress] = {}
-        self._targets: dict[int, Targets] = {}
-        self._handles: dict[int, RemovableHandle] = {}
-        self._evaluations: dict[int, Evaluations | None] = {}
+        self._attached: dict[int, Attached] = {}
         self._unscaling = Unscaling()
         self._resume = Resume()
 
     @property
     def state_key(self) -> str:
-        """Key in a checkpoint: callbacks for other optimizers, parameters or rules keep their states apart."""
-        return self._generate_state_key(
-            optimizers=self.optimizers,
-            include=self.include,
-            exclude=self.exclude,
-            rule=described(self.rule),
-        )
+        """Key in a checkpoint: callbacks for other optimizers, parameters or rules keep their states apart.
+
+        Until `setup`, which refuses equal keys with a remedy, it is this object's alone, so that a Trainer is made.
+        """
+        alone = {} if self._resume.set_up else {"object": id(self)}
+        return self._generate_state_key(**settings_in_key(self), **alone)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work before training starts, and begin anew unless a run goes on."""
+        self._resume.set_up = True
         if stage != "fit":
             return
+        refuse_twins(self, callbacks_of(trainer))
         refuse_second_clipping(trainer)
         refuse_strategy(trainer)
         warn_of_tuners(trainer)
@@ -153,13 +148,13 @@ class GradientClipCallback(Callback):
         self._forget_optimizers()
         if self.optimizers is not None:
             check_indices(self.optimizers, len(trainer.optimizers))
-        names = [name for aliases in parameter_names(pl_module).values() for name in aliases]
+        names = parameter_names(pl_module)
         check_globs("include", self.include, names)
         check_globs("exclude", self.exclude, names)
         for optimizer in trainer.optimizers:
-            index = self._index(trainer, optimizer)
+            index = index_of(optimizer, trainer.optimizers, self.optimizers)
             if index is not None:
-                self._target(index, optimizer)
+                self._attach(index, optimizer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -170,26 +165,20 @@ class GradientClipCallback(Callback):
             FloatingPointError: A gradient is not finite, under "raise".
             RuntimeError: More steps in a row were skipped than `max_consecutive_skips`.
         """
-        index = self._index(trainer, optimizer)
+        index = index_of(optimizer, trainer.optimizers, self.optimizers)
         if index is None:
             return
         unfold_(optimizer)
-        assignment = self._target(index, optimizer).assignment(pl_module)
-        evaluations = self._evaluations.get(index)
-        if evaluations is not None and evaluations.skipping:
+        attached = self._attach(index, optimizer)
+        if attached.skipping:
             return
+        assignment = attached.targets.assignment(pl_module)
         device = next((p.grad.device for p in assignment.params if p.grad is not None), None)
         if device is None:  # e.g. training_step returned None: there is no step to count
             return
-        if evaluations is not None:
-            evaluations.begin()
-        record = self._clip(trainer, pl_module, index, optimizer, assignment)
-        if record.deferred is not None and record.deferred < 1.0:
-            fold_(optimizer, record.deferred, device)
-            if index not in self._handles:
-                self._handles[index] = unfold_after_step(optimizer)
-        if evaluations is not None:
-            evaluations.skipping = record.skipped
+        attached.begin()
+        record = self._clip(trainer, pl_module, index, attached, assignment)
+        attached.end(record, device)
         self.record = record
         self._progress[index] = self._progress[index].after(record, trainer.global_step)
         streak = self._progress[index].streak
@@ -218,12 +207,7 @@ class GradientClipCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the rules of parameter groups out of the file, whoever asked for it and when."""
-        for optimizer in trainer.optimizers:
-            keep_rules_out_of_states(optimizer)
-        if "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = [
-                without_rules(state) for state in checkpoint["optimizer_states"]
-            ]
+        keep_rules_out_of_checkpoint(trainer.optimizers, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -236,24 +220,11 @@ class GradientClipCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on bit for bit: counts and rule states of each optimizer."""
-        return {
-            "rule": kind_of(self.rule),
-            "optimizers": {i: p.state_dict() for i, p in self._progress.items()},
-        }
+        return saved(self.rule, self._progress)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the counts, and the rule states if the rule is the same."""
-        progress = {
-            int(i): Progress.from_state_dict(saved) for i, saved in state_dict["optimizers"].items()
-        }
-        kind = public_kind(state_dict["rule"])
-        if kind != kind_of(self.rule) and any(p.state for p in progress.values()):
-            rank_zero_warn(
-                f"the checkpoint was written with the rule {kind}, this run clips with "
-                f"{kind_of(self.rule)}: counts go on, the state of the rule starts anew"
-            )
-            progress = {i: replace(p, state=states_of_groups(p.state)) for i, p in progress.items()}
-        self._progress = progress
+        self._progress = restored(self.rule, state_dict)
         self._resume.loaded = True
 
     def _clip(
@@ -261,10 +232,10 @@ class GradientClipCallback(Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         index: int,
-        optimizer: Optimizer,
+        attached: Attached,
         assignment: Assignment,
     ) -> ClipRecord:
-        scaler = scaler_of(trainer)
+        scaler, optimizer = scaler_of(trainer), attached.optimizer
         fold = may_fold(optimizer, assignment) and is_last_reader(self, trainer, pl_module)
         folds_scaled = fold and self.skip_above is None
         factor = 1.0
@@ -276,10 +247,10 @@ class GradientClipCallback(Callback):
             progress = progress.fitting(assignment, rank_zero_warn)
         self._progress[index] = progress
         divides = factor != 1.0 and not folds_scaled
-        undoes = self.on_nonfinite == "skip" and self._evaluations.get(index) is not None
+        undoes = self.on_nonfinite == "skip" and attached.evaluations is not None
         with divided(assignment.params, factor) if divides else nullcontext():
             record = clip_assigned_(
-                self._active(trainer, assignment),
+                within(assignment, trainer.global_step, self.start_step, self.stop_step),
                 progress.state,
                 on_nonfinite="leave" if scaler is not None or undoes else self.on_nonfinite,
                 skip_above=self.skip_above,
@@ -291,44 +262,20 @@ class GradientClipCallback(Callback):
         left = (scaler is not None or undoes) and bool(record.nonfinite)
         return replace(record, skipped=True) if left else record
 
-    def _index(self, trainer: pl.Trainer, optimizer: Optimizer) -> int | None:
-        """Return the index of an optimizer that this callback clips; one exchanged behind the Trainer's back counts."""
-        known = trainer.optimizers
-        index = next((i for i, each in enumerate(known) if each is optimizer), None)
-        if index is None and (len(known) == 1 or self.optimizers is None):
-            index = 0 if len(known) == 1 else len(known)
-        return index if self.optimizers is None or index in self.optimizers else None
-
-    def _target(self, index: int, optimizer: Optimizer) -> Targets:
-        target = self._targets.get(index)
-        if target is None or target.optimizer is not optimizer:
-            self._forget(index)
+    def _attach(self, index: int, optimizer: Optimizer) -> Attached:
+        attached = self._attached.get(index)
+        if attached is None or attached.optimizer is not optimizer:
+            if attached is not None:
+                attached.remove()
             check_optimizer(optimizer, self.rule)
-            target = Targets(optimizer, self.rule, self.include, self.exclude)
-            self._targets[index] = target
-            if self.on_nonfinite == "skip" or self.skip_above is not None:
-                self._evaluations[index] = Evaluations.of(optimizer)
-        return target
-
-    def _active(self, trainer: pl.Trainer, assignment: Assignment) -> Assignment:
-        """Return the assignment, or one that clips nothing outside [start_step, stop_step)."""
-        step = trainer.global_step
-        if self.start_step <= step and (self.stop_step is None or step < self.stop_step):
-            return assignment
-        return replace(assignment, parts=())
-
-    def _forget(self, index: int) -> None:
-        """Leave the optimizer that had this index."""
-        if index in self._handles:
-            self._handles.pop(index).remove()
-        evaluations = self._evaluations.pop(index, None)
-        if evaluations is not None:
-            evaluations.remove()
-        self._targets.pop(index, None)
+            targets = Targets(optimizer, self.rule, self.include, self.exclude)
+            skips = self.on_nonfinite == "skip" or self.skip_above is not None
+            attached = self._attached[index] = Attached(targets, skips)
+        return attached
 
     def _forget_optimizers(self) -> None:
-        for index in list(self._targets):
-            self._forget(index)
+        for index in list(self._attached):
+            self._attached.pop(index).remove()
 
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, record: ClipRecord
@@ -337,7 +284,7 @@ class GradientClipCallback(Callback):
             return
         suffix = own_name(self, callbacks_of(trainer))
         suffix += f"/optimizer_{index}" if len(trainer.optimizers) > 1 else ""
-        groups = group_names(self._targets[index].optimizer.param_groups)
+        groups = group_names(self._attached[index].optimizer.param_groups)
         found = figures(record, self._progress[index], suffix, self.log_mode, groups)
         pl_module.log_dict(found, on_step=True, on_epoch=False)
 

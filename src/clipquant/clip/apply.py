@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from clipquant.clip.assign import Assignment, Params, Part, assign
-from clipquant.clip.finite import OnNonfinite, check_policy, nonfinite_members, zero_nonfinite_
+from clipquant.clip.finite import (
+    NonfiniteError,
+    OnNonfinite,
+    check_policy,
+    nonfinite_members,
+    zero_nonfinite_,
+)
 from clipquant.clip.gradients import Gradients, writable
 from clipquant.clip.measured import Measured
 from clipquant.clip.plan import Plan, plan_of
@@ -102,7 +108,7 @@ def clip_assigned_(
         damaged = nonfinite_members(job.grads, job.order)
         nonfinite = job.names(damaged)
         if damaged and on_nonfinite == "raise":
-            raise FloatingPointError(_describe(nonfinite))
+            raise NonfiniteError(_describe(nonfinite))
         if damaged and on_nonfinite == "leave":
             return job.record(nonfinite=nonfinite, before=job.grads.measured(job.order))
         if damaged and on_nonfinite == "zero":

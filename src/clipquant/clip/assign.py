@@ -160,7 +160,10 @@ def as_rule(rule: Any) -> Rule:
         TypeError: `rule` is neither a number nor an object with the methods `init`, `plan` and `clip`.
     """
     if is_number(rule):
+        Value(rule)  # whose message shows what was received
         return Value(float(rule))
+    if isinstance(rule, str):
+        raise ArgumentTypeError(_about_text(rule))
     missing = [name for name in METHODS if not callable(getattr(rule, name, None))]
     if missing or isinstance(rule, type):
         given = (
@@ -175,6 +178,20 @@ def as_rule(rule: Any) -> Rule:
         )
     checked: Rule = rule
     return checked
+
+
+def _about_text(text: str) -> str:
+    """Return what to say about a rule that is given as text."""
+    try:
+        number = float(text)
+    except ValueError:
+        remedy = "give the rule itself, e.g. Norm(1.0) or AGC(0.01), or a number c for Value(c)"
+    else:
+        remedy = f"drop the quotes and give {number:g}, which means Value({number:g})"
+    methods = "init, plan and clip"
+    return (
+        f"a rule must be a number or an object with the methods {methods}, got {text!r}: {remedy}"
+    )
 
 
 def _groups(params: Params) -> Sequence[Mapping[str, Any]]:

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from clipquant.clip.gradients import Gradients
 from clipquant.clip.shards import local_values
-from clipquant.errors import ArgumentError
+from clipquant.errors import ArgumentError, ClipquantError
 
 OnNonfinite = Literal["skip", "zero", "raise", "propagate"]
 POLICIES: tuple[OnNonfinite, ...] = ("skip", "zero", "raise", "propagate")
+
+
+class NonfiniteError(ClipquantError, FloatingPointError):
+    """A gradient that is not finite, where the user asked to be told by an error."""
 
 
 def check_policy(on_nonfinite: str) -> OnNonfinite:
