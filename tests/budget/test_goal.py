@@ -29,7 +29,16 @@ def test_what_is_no_size_is_quoted(size: Any) -> None:
 
 def test_a_share_is_one_of_the_float_bytes() -> None:
     assert size_in_bytes(0.25, 1001) == 250
-    assert size_in_bytes(300.0, 1001) == 300
+    assert size_in_bytes(3e5, 1001) == 300_000
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0, 999.0])
+def test_what_may_be_a_share_or_bytes_is_refused(size: float) -> None:
+    with pytest.raises(
+        ArgumentError, match=rf"max_size={size} is neither.*Write '{size:g} kB' or"
+    ) as told:
+        size_in_bytes(size, 10**6)
+    assert "0.25" in str(told.value)
 
 
 @pytest.mark.parametrize("drop", [-0.1, math.nan, math.inf, True, "1"])

@@ -43,6 +43,58 @@ def test_verdict_says_met_missed_or_what_was_gained() -> None:
     assert "better by 0.05" in report(quantized_metrics={"acc": 0.95}).verdict
 
 
+def test_a_gain_that_rounding_cannot_explain_is_no_success() -> None:
+    """An accuracy that falls from 0.947 to 0.101 is not better by 0.846, whatever mode says."""
+    fallen = report(
+        mode="min",
+        float_metrics={"acc": 0.947},
+        quantized_metrics={"acc": 0.101},
+        budget=Budget(0.01),
+    )
+    assert "0.947 to 0.101" in fallen.suspicion
+    assert "mode='min'" in fallen.suspicion
+    assert "met" not in fallen.verdict
+    assert fallen.figures()["quantized/budget_met"] == 0
+    assert fallen.worries[0] == fallen.suspicion
+    small = report(quantized_metrics={"acc": 0.902}, budget=Budget(0.01))
+    assert small.suspicion == ""
+    assert small.verdict.startswith("Budget met")
+    assert report().suspicion == ""
+    assert report(quantized_metrics={"acc": math.nan}).suspicion == ""
+
+
+def test_a_report_prints_as_a_few_lines_and_shows_as_a_table() -> None:
+    odd = report(failures=("exporting failed (E: x); none. Mend it.",), path="q/<b>.safetensors")
+    text = repr(odd)
+    assert text == str(odd)
+    assert text.count("\n") < 8
+    for said in (
+        "1 kB -> 250 bytes",
+        "acc (monitored): 0.900 -> 0.880, worse by 0.02",
+        "exporting failed",
+        "q/<b>",
+    ):
+        assert said in text
+    page = odd._repr_html_()
+    assert page.startswith("<table>")
+    assert "<td>0.880</td>" in page
+    assert "<b>" not in page
+
+
+def test_what_to_worry_about_is_told_with_the_most_serious_first() -> None:
+    export = {"format": "onnx", "error": "no graph"}
+    bad = report(
+        size_bytes=2000,
+        budget=Budget(0.95, failure="too large"),
+        exports=(export,),
+        failures=("a",),
+    )
+    assert [w.split(":")[0][:20] for w in bad.worries] == [
+        "Budget missed", "max_drop=0.95 lets a", "The file has 2,000 b", "Export onnx failed", "a",
+    ]  # fmt: skip
+    assert report().worries == ()
+
+
 def test_loggers_get_metrics_and_figures_under_one_prefix() -> None:
     figures = report(budget=Budget(0.01, failure="missed")).figures()
     assert figures == {

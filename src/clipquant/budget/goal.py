@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from clipquant.errors import ArgumentError
 
 Metrics = Mapping[str, float]
+_LEAST = 1000  # bytes: what a float from 1 up to here means is anybody's guess
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -48,9 +49,10 @@ got -0.1.
         or not isinstance(max_drop, (int, float))
         or not 0 <= max_drop < math.inf
     ):
+        hint = " Leave out the quotes." if isinstance(max_drop, str) else ""
         raise ArgumentError(
             "max_drop must be a finite number, 0 or more, in the units of the monitored metric; "
-            f"got {max_drop!r}."
+            f"got {max_drop!r}.{hint}"
         )
     if max_size is not None:
         size_in_bytes(max_size, 2**62)
@@ -61,7 +63,8 @@ def size_in_bytes(max_size: object, float_bytes: int) -> int:
 
     Args:
         max_size: A whole number of bytes, a share of the float size between 0 and 1, or a text as
-            "300kB", "300 kb", "1.5 MB" (powers of 1000) or "2MiB" (of 1024).
+            "300kB", "300 kb", "2k", "1.5 MB" (powers of 1000), "10KiB" or "2 MiB" (of 1024). A float below 1
+            is a share, one of 1000 or more bytes; what lies between is refused.
         float_bytes: Bytes of the float model.
 
     Raises:
@@ -79,8 +82,14 @@ def size_in_bytes(max_size: object, float_bytes: int) -> int:
         return max_size
     elif isinstance(max_size, float) and 0 < max_size < 1:
         return int(max_size * float_bytes)
-    elif isinstance(max_size, float) and max_size >= 1 and max_size.is_integer():
+    elif isinstance(max_size, float) and max_size >= _LEAST and max_size.is_integer():
         return int(max_size)
+    elif isinstance(max_size, float) and max_size.is_integer() and max_size > 0:
+        raise ArgumentError(
+            f"max_size={max_size} is neither a share of the float size, which is below 1, nor a size in bytes that a "
+            f"file could have. Write '{max_size:g} kB' or '{max_size:g} MB', a share such as 0.25, or a whole "
+            "number of bytes."
+        )
     raise ArgumentError(
         "max_size must be a whole number of bytes, a share of the float size between 0 and 1, or a "
         f"text as '300kB' or '1.5 MB'; got {max_size!r}."

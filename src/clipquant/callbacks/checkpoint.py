@@ -1,4 +1,4 @@
-"""What the Trainer's ModelCheckpoint says: which metric judges, and which weights were best."""
+"""What the Trainer's ModelCheckpoint says: which weights were best."""
 
 from __future__ import annotations
 
@@ -10,15 +10,6 @@ import torch
 
 from clipquant.callbacks.lightning import package_of
 from clipquant.errors import ArgumentError
-
-
-def monitored(trainer: pl.Trainer, monitor: str | None, mode: str | None) -> tuple[str, str]:
-    """Return which metric judges and which way: as given, else ModelCheckpoint's, else val_loss."""
-    for callback in _checkpoints(trainer):
-        own = callback.monitor
-        if own is not None and monitor in (None, own):
-            return own, mode or callback.mode
-    return monitor or "val_loss", mode or "min"
 
 
 def logged_name(monitor: str, metrics: Mapping[str, float]) -> str:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 
+from clipquant.callbacks.telling import warn
 from clipquant.errors import RunError
 
 _log = logging.getLogger("clipquant")
@@ -47,10 +47,12 @@ class Failures:
 
     Args:
         prefix: Begins each warning.
+        told_before: Steps that the user has been warned of already.
     """
 
     prefix: str = "QuantizeOnFitEnd: "
     items: list[Failure] = field(default_factory=list)
+    told_before: frozenset[str] = frozenset()
 
     @contextmanager
     def step(self, what: str, instead: str, remedy: str) -> Iterator[None]:
@@ -69,9 +71,10 @@ class Failures:
             self.add_(Failure(what, f"{type(error).__name__}: {error}", instead, remedy))
 
     def add_(self, failure: Failure) -> None:
-        """Add a failure and warn of it."""
+        """Add a failure, and warn of it the first time; one that is fatal is raised by whoever asked."""
         self.items.append(failure)
-        rank_zero_warn(f"{self.prefix}{failure}")
+        if not failure.fatal and failure.step not in self.told_before:
+            warn(f"{self.prefix}{failure}")
 
     def told(self) -> tuple[str, ...]:
         """Return the failures in words."""

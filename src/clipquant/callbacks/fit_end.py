@@ -17,6 +17,7 @@ from clipquant.callbacks.export import export_files
 from clipquant.callbacks.failures import Failure, Failures
 from clipquant.callbacks.ladder import Rung, climb_down, data_free_rungs
 from clipquant.callbacks.loggers import log_report
+from clipquant.callbacks.rehearsal import FINDING
 from clipquant.callbacks.road.calibration import (
     Found,
     find_batches,
@@ -28,6 +29,7 @@ from clipquant.callbacks.road.judge import judge
 from clipquant.callbacks.road.latency import measure_latency
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.settings import Settings
+from clipquant.callbacks.watch import Watch
 from clipquant.model import QuantizedModel
 from clipquant.quant.network.calibration import Calibration, Progress
 from clipquant.quant.network.state import kept, seeded
@@ -69,13 +71,19 @@ class FitEnd:
         trainer: The Trainer that has fitted.
         folder: Where files go.
         quantize: Returns a module quantized by a recipe.
+        told: Steps that the user has been warned of before training.
     """
 
     def __init__(
-        self, settings: Settings, trainer: pl.Trainer, folder: Path, quantize: Quantize
+        self,
+        settings: Settings,
+        trainer: pl.Trainer,
+        folder: Path,
+        quantize: Quantize,
+        told: frozenset[str] = frozenset(),
     ) -> None:
         self.settings, self.trainer, self.folder = settings, trainer, folder
-        self.quantize, self.failures = quantize, Failures()
+        self.quantize, self.failures = quantize, Failures(told_before=told)
 
     def run(self, module: pl.LightningModule) -> Outcome:
         """Return what came of it; the module ends as it was."""
@@ -104,8 +112,7 @@ class FitEnd:
                 "the weights at the end of the fit are quantized",
                 "clipquant.quantize(Net.load_from_checkpoint(path)) quantizes it later.",
             ):
-                monitor, _ = self.settings.monitored(self.trainer)
-                load_best(self.trainer, road.guest, monitor)
+                load_best(self.trainer, road.guest, self.settings.watch(self.trainer, {}).name)
 
     def _judged(
         self, road: Road, state: Mapping[str, Tensor] | None, which: str
@@ -172,8 +179,11 @@ class FitEnd:
         self, road: Road, found: Found, before: Mapping[str, float], tell: Progress | None
     ) -> list[Rung]:
         """Return the ways that search: by all budgets where they can be judged, then by the size alone."""
-        goal = self.settings.goal(self.trainer)
+        goal = self.settings.goal(self.trainer, road.natures)
         goal = replace(goal, monitor=logged_name(goal.monitor, before))
+        by = self.settings.watch(self.trainer, road.natures)
+        if by.mode is None:
+            before = {}
         alone = replace(goal, max_drop=None)
         judged = goal.max_drop is None or goal.monitor in before
         rungs: list[Rung] = []
@@ -201,18 +211,31 @@ class FitEnd:
     def _reported(
         self, road: Road, made: QuantizedModel, before: Mapping[str, float]
     ) -> QuantizedModel:
-        known: dict[str, Any] = {"seed": self.settings.seed, "failures": self.failures.told()}
+        by = self._watched(road, before)
+        known: dict[str, Any] = {"seed": self.settings.seed, "mode_from": by.why}
         if not made.report.float_metrics:  # the search for a budget has judged already
-            monitor, mode = self.settings.monitored(self.trainer)
             after = self._judged(road, made.state_dict(), "quantized") if before else {}
             known |= {
                 "float_metrics": before,
                 "quantized_metrics": after,
-                "monitor": logged_name(monitor, before),
-                "mode": mode,
-                "failures": self.failures.told(),
+                "monitor": logged_name(by.name, before) if by.mode else None,
+                "mode": by.mode,
             }
-        return made.reported(**known)
+        return made.reported(**known, failures=self.failures.told())
+
+    def _watched(self, road: Road, before: Mapping[str, float]) -> Watch:
+        """Return which metric judges; what keeps it from judging is a failure."""
+        by = self.settings.watch(self.trainer, road.natures)
+        logged = logged_name(by.name, before) in before
+        if before and not logged and self.settings.monitor is not None:
+            said = f"it is {by.name!r}, which validation did not log; logged were {', '.join(sorted(before))}"
+            remedy = "Set monitor to one of them."
+            self.failures.add_(Failure(FINDING, said, "no metric judges the file", remedy))
+        elif logged and by.mode is None:
+            self.failures.add_(
+                Failure("judging", by.unknown, "no metric judges the file", by.remedy)
+            )
+        return by
 
     def _saved(self, made: QuantizedModel) -> tuple[QuantizedModel, Path | None]:
         path = self.folder / FILE
@@ -280,7 +303,12 @@ class FitEnd:
         with self.failures.step("logging", "the loggers miss its figures", later):
             log_report(report, self.trainer.loggers, self.trainer.global_step)
         with self.failures.step("printing the summary", "the fit ends without it", later):
-            print_summary(report)
+            print_summary(report, self._said(report))
+
+    def _said(self, report: QuantizationReport) -> tuple[str, ...]:
+        """Return the worries that are told as warnings."""
+        missed = "" if report.budget is None else report.budget.failure
+        return tuple(filter(None, (*self.failures.told(), missed, report.suspicion)))
 
 
 def _missing(made: QuantizedModel, max_drop: float) -> QuantizedModel:

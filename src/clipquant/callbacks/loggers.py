@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_warn
 
+from clipquant.callbacks.telling import warn
 from clipquant.report.record import QuantizationReport
 
 
@@ -23,7 +23,7 @@ def log_report(report: QuantizationReport, loggers: Iterable[Logger], step: int)
             logger.log_metrics(report.figures(), step)
             logger.save()
         except Exception as error:  # noqa: PERF203 - each logger fails by itself
-            rank_zero_warn(
+            warn(
                 f"{type(logger).__name__} did not take the quantization figures "
                 f"({type(error).__name__}: {error}); they stand in report.json."
             )

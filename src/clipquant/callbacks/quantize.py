@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 
 from clipquant.budget import BudgetError
 from clipquant.callbacks.checkpoint import check_best
@@ -25,12 +24,14 @@ from clipquant.callbacks.quantize_checks import (
     check_writable,
     refuse_shards,
 )
-from clipquant.callbacks.rehearsal import is_built, rehearse
+from clipquant.callbacks.rehearsal import check_mode, is_built, rehearse
 from clipquant.callbacks.road.ranks import from_first, leaving, several
 from clipquant.callbacks.settings import Settings
+from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
+from clipquant.model.asked import check_spelling
 from clipquant.model.auto import check_auto, check_smallest
 from clipquant.model.entry import quantize_by
 from clipquant.quant.codes.spec import MAX_BITS
@@ -66,11 +67,12 @@ class QuantizeOnFitEnd(Callback):
             `needs_data` and `solve`, see `clipquant.quant.methods.Method`.
         calibration_batches: How many batches of the train dataloader calibrate; 0: data-free.
         max_drop: Most that the monitored metric may lose, in its own units; needs bits="auto".
-        max_size: Most bytes of the file: a number, a fraction of the fp32 size, or "300kB"; needs
-            bits="auto".
+        max_size: Most bytes of the file: a whole number, a fraction of the fp32 size, or a text such as "300kB",
+            "300 kb", "2k", "1.5 MB" (powers of 1000) or "10KiB" (of 1024); needs bits="auto".
         monitor: The metric that judges. None: ModelCheckpoint's, else "val_loss".
-        mode: Whether it is better when smaller ("min") or larger ("max"). None: ModelCheckpoint's,
-            else "min".
+        mode: Whether it is better when smaller ("min") or larger ("max"). None: as the torchmetrics object
+            logged under that name says, else as a ModelCheckpoint, EarlyStopping or scheduler that monitors it
+            does, else "min" for a loss; where nobody tells, an error before training.
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
@@ -117,6 +119,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         export: list[str | Format] | None = None,
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
+        check_spelling(method)
         chosen = MAX_BITS if bits == "auto" else bits
         recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
         check_choice("weights", weights, ("last", "best"))
@@ -144,6 +147,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._folder: Path | None = None
         self._floats: dict[str, Any] | None = None
         self._rehearsed = True
+        self._told: frozenset[str] = frozenset()
         self._ended = False
         self._token = register(self)
 
@@ -165,10 +169,12 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._folder = folder_of(trainer, self, _quantizers(trainer))
         error: Exception | None = None
         try:
+            if trainer.num_sanity_val_steps == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                check_mode(self.settings, trainer)
             if is_built(pl_module):
                 self.settings.recipe.specs(self.settings.recipe.select(pl_module).targets)
                 if self.settings.auto:
-                    check_smallest(pl_module, self.settings.goal(trainer))
+                    check_smallest(pl_module, self.settings.goal(trainer, {}))
             if trainer.is_global_zero:
                 check_writable(self._folder)
         except Exception as found:  # told by every process, or one would train on alone
@@ -191,6 +197,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = True
         with leaving():
             failures = from_first(rehearse(self.settings, trainer, pl_module, batch))
+        self._told = frozenset(failure.step for failure in failures)
         for failure in failures:
             if failure.fatal:
                 raise ArgumentError(f"{failure.step}: {failure.error}. {failure.remedy}")
@@ -203,7 +210,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if not self._ended and trainer.fit_loop.epoch_loop.global_step > 0:
-            rank_zero_warn(
+            warn(
                 f"The fit was stopped by {type(exception).__name__}, so nothing was quantized; the "
                 "module holds its float weights. Resume the fit from a checkpoint, or call "
                 "clipquant.quantize(module).save(path)."
@@ -213,9 +220,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         """Quantize, judge, write, and only then load the dequantized weights into the module."""
         self._ended = True
         if trainer.global_step == 0:
-            rank_zero_warn(
-                "No optimizer step was taken: QuantizeOnFitEnd quantizes weights as given."
-            )
+            warn("No optimizer step was taken: QuantizeOnFitEnd quantizes weights as given.")
         self._take_floats_(trainer, pl_module)
         with leaving():
             outcome = self._outcome(trainer, pl_module)
@@ -240,7 +245,7 @@ bits='auto' with max_drop or max_size to have it chosen.
     def _outcome(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
         """Return what came of the fit's end; an Outcome that says why where nothing did."""
         folder = self._folder or folder_of(trainer, self, _quantizers(trainer))
-        work = FitEnd(self.settings, trainer, folder, lambda *asked: quantize(*asked))
+        work = FitEnd(self.settings, trainer, folder, lambda *asked: quantize(*asked), self._told)
         try:
             return work.run(pl_module)
         except Exception as error:  # nothing leaves the end of a fit unless it is asked to
@@ -260,7 +265,9 @@ bits='auto' with max_drop or max_size to have it chosen.
         if outcome.budget and self.on_fail == "raise":
             raise BudgetError(f"{outcome.budget}. What comes nearest is in {outcome.path}.")
         if outcome.budget:
-            rank_zero_warn(f"Budget missed: {outcome.budget}.")
+            warn(f"Budget missed: {outcome.budget}.")
+        if outcome.report is not None and outcome.report.suspicion:
+            warn(f"Not believed: {outcome.report.suspicion}.")
         if outcome.failures and self.on_fail == "raise":
             said = "; ".join(map(str, outcome.failures))
             raise QuantizationError(f"{said} What could be done is in {outcome.path}.")

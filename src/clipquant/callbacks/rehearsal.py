@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +18,19 @@ from clipquant.callbacks.failures import Failure, Failures
 from clipquant.callbacks.road.calibration import Found, loop_on, run_prepared, try_batches
 from clipquant.callbacks.road.data import kept_generators, validation_loaders
 from clipquant.callbacks.road.judge import judge, watched
+from clipquant.callbacks.road.logged import Nature, Natures, nature_of
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.settings import Settings
+from clipquant.callbacks.watch import WAYS, Watch
+from clipquant.errors import ArgumentError
 from clipquant.model.entry import quantize_by
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Target
 from clipquant.quant.network.state import kept, seeded
+
+FINDING = "finding the monitored metric"
+
+Judged = tuple[Natures, Mapping[str, float]]
 
 
 def rehearse(
@@ -38,9 +45,11 @@ def rehearse(
         batch: That batch, as the Trainer has prepared it.
     """
     failures = Failures("Rehearsal of QuantizeOnFitEnd, before training: ")
-    if not is_built(module):
-        return ()  # not built before the first step
+    if not is_built(module):  # not before the first step
+        return tuple(_unknown(settings, trainer, {}))
     found = Found([batch], "the first train batch") if batch is not None else None
+
+    judged: Judged = ({}, {})
 
     def probe(road: Road) -> Any:
         with watched(road.guest) as seen:
@@ -61,14 +70,41 @@ def rehearse(
         ),
         open_road(trainer, module, probe, before=True) as road,
     ):
-        _judge_(road, settings, failures)
+        judged = _judge_(road, settings, failures)
         if found is not None:
             _calibrate_(road, settings, found, failures)
             _export_(road, settings, found, failures)
+    failures.items.extend(_unknown(settings, trainer, *judged))
     return tuple(failures.items)
 
 
-def _judge_(road: Road, settings: Settings, failures: Failures) -> None:
+def _unknown(
+    settings: Settings,
+    trainer: pl.Trainer,
+    natures: Natures,
+    metrics: Mapping[str, float] | None = None,
+) -> Iterator[Failure]:
+    """Yield that nobody has said which way the metric is better, where it will judge."""
+    by = settings.watch(trainer, natures)
+    logged = not metrics or logged_name(by.name, metrics) in metrics
+    if by.mode is None and trainer.enable_validation and logged:
+        yield Failure("judging", by.unknown, "", by.remedy, fatal=True)
+
+
+def check_mode(settings: Settings, trainer: pl.Trainer) -> None:
+    """Raise where nobody has said which way the metric is better, and no rehearsal will find it out.
+
+    Raises:
+        ArgumentError: Naming both arguments.
+    """
+    for failure in _unknown(settings, trainer, {}):
+        raise ArgumentError(
+            f"{failure.error} (num_sanity_val_steps=0 leaves out the rehearsal that would ask it). {failure.remedy}"
+        )
+
+
+def _judge_(road: Road, settings: Settings, failures: Failures) -> Judged:
+    """Return what one validation batch logs, and what the logged metrics say of themselves."""
     metrics: Mapping[str, float] | None = None
     with failures.step(
         "judging by one validation batch",
@@ -76,14 +112,35 @@ def _judge_(road: Road, settings: Settings, failures: Failures) -> None:
         "Run trainer.validate(module) to see the error by itself.",
     ):
         metrics = judge(road, limit=1)
-    if metrics is None:
+    if metrics:
+        _watch_(road, settings, failures, metrics)
+    return road.natures, metrics or {}
+
+
+def _watch_(
+    road: Road, settings: Settings, failures: Failures, metrics: Mapping[str, float]
+) -> None:
+    """Add what is wrong with the metric that shall judge: it is not logged, or cannot lose what it may lose."""
+    by = settings.watch(road.trainer, road.natures)
+    monitor, name = by.name, logged_name(by.name, metrics)
+    if by.conflict and name in metrics:
+        failures.add_(
+            Failure(
+                f"telling which way {monitor!r} is better",
+                by.conflict,
+                f"{WAYS[by.mode or 'min']} is taken, {by.why}",
+                by.remedy,
+            )
+        )
+    if name in metrics:
+        for failure in _too_much(settings, by, metrics[name], nature_of(name, road.natures)):
+            failures.add_(failure)
         return
-    monitor, _ = settings.monitored(road.trainer)
-    if not metrics or logged_name(monitor, metrics) in metrics or not settings.judges(road.trainer):
+    if not settings.judges(road.trainer):
         return
     logged = f"validation does not log; logged are {', '.join(sorted(metrics))}"
     if settings.max_drop is not None:
-        failures.items.append(
+        failures.add_(
             Failure(
                 "keeping max_drop",
                 f"it watches {monitor!r}, which {logged}",
@@ -95,11 +152,29 @@ def _judge_(road: Road, settings: Settings, failures: Failures) -> None:
     else:
         failures.add_(
             Failure(
-                "finding the monitored metric",
+                FINDING,
                 f"it is {monitor!r}, which {logged}",
                 "the report will name no monitored metric",
                 "Set monitor to one of them.",
             )
+        )
+
+
+def _too_much(
+    settings: Settings, by: Watch, value: float, nature: Nature | None
+) -> Iterator[Failure]:
+    """Yield that a metric between 0 and 1 cannot lose as much as it may."""
+    most = None if nature is None else nature.most
+    if settings.max_drop is None or by.mode != "max" or settings.max_drop < 1:
+        return
+    if most == 1 or (most is None and 0 < value <= 1):
+        yield Failure(
+            "judging",
+            f"max_drop={settings.max_drop:g} is in the units of {by.name!r}, which is at most 1 (now {value:.3g}), so "
+            "that no file could miss it",
+            "every size is held for good enough",
+            f"For {settings.max_drop:g} points of a hundred write max_drop={settings.max_drop / 100:g}.",
+            fatal=most == 1,
         )
 
 

@@ -9,7 +9,8 @@ import lightning.pytorch as pl
 from torch import nn
 
 from clipquant.budget.goal import size_in_bytes
-from clipquant.callbacks.checkpoint import monitored
+from clipquant.callbacks.road.logged import Natures
+from clipquant.callbacks.watch import Watch, watch
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits
@@ -60,21 +61,22 @@ class Settings:
             return False
         return self.auto or self.recipe.reads_data(module)
 
-    def monitored(self, trainer: pl.Trainer) -> tuple[str, str]:
-        """Return which metric judges, and which way."""
-        return monitored(trainer, self.monitor, self.mode)
+    def watch(self, trainer: pl.Trainer, natures: Natures) -> Watch:
+        """Return which metric judges, which way, and where that is known from."""
+        return watch(trainer, self.monitor, self.mode, natures)
 
     def judges(self, trainer: pl.Trainer) -> bool:
         """Return whether somebody has named the metric that judges: the callback, or a ModelCheckpoint."""
         return (
             self.monitor is not None
             or self.max_drop is not None
-            or self.monitored(trainer)[0] != "val_loss"
+            or self.watch(trainer, {}).name != "val_loss"
         )
 
-    def goal(self, trainer: pl.Trainer) -> AutoBits:
+    def goal(self, trainer: pl.Trainer, natures: Natures) -> AutoBits:
         """Return the budgets, and the metric that judges."""
-        return AutoBits(self.max_drop, self.max_size, *self.monitored(trainer), self.recipe)
+        by = self.watch(trainer, natures)
+        return AutoBits(self.max_drop, self.max_size, by.name, by.mode or "min", self.recipe)
 
     def line(self, path: str = "model.safetensors") -> str:
         """Return the line of code that quantizes the module later."""

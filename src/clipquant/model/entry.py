@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipquant.artifact import load_state
 from clipquant.errors import ArgumentError
+from clipquant.model.asked import as_batches, check_model, check_spelling
 from clipquant.model.auto import AutoBits, Seen, check_auto, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.quant.codes.spec import MAX_BITS, Granularity
@@ -70,10 +71,11 @@ def quantize(
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights.
         max_drop: With bits="auto": most that the score may lose.
-        max_size: With bits="auto": most bytes of the file: a number, a fraction of the float size, or
-            "300kB".
+        max_size: With bits="auto": most bytes of the file: a whole number, a fraction of the float size, or a text
+            such as "300kB", "300 kb", "2k", "1.5 MB" (powers of 1000) or "10KiB" (of 1024).
         data: Calibration inputs, without need of labels: an iterable of tensors, of tuples (positional
-            arguments; those beyond what `forward` takes are left out) or of dicts (keywords).
+            arguments; those beyond what `forward` takes are left out) or of dicts (keywords). A single tensor
+            or dict is one batch.
         calibration_batches: How many batches of `data` to use; 0: data-free.
         forward: Runs a copy of the model on a batch, where calling it is not enough.
         progress: Whether a bar shows the weight at work and the time left of what takes longer than 2 s;
@@ -90,6 +92,9 @@ def quantize(
     >>> quantized.report.layers[0].bits
     4.0
     """
+    check_model(model)
+    check_spelling(method)
+    data = as_batches(data)
     chosen = MAX_BITS if bits == "auto" else bits
     recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
     if bits == "auto":

@@ -19,7 +19,7 @@ from clipquant.report.stored import describe
 from clipquant.shown import shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizedModel:
     """A model's quantized weights, apart from the model.
 
@@ -30,6 +30,12 @@ class QuantizedModel:
 
     weights: QuantizedWeights
     report: QuantizationReport
+
+    def __repr__(self) -> str:
+        return f"QuantizedModel: .save(path), .apply_to(model), .state_dict()\n{self.report!r}"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the model's state dict, the quantized weights dequantized."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clipquant.quant.codes.weights import LeftInFloat
+from clipquant.report.worries import suspicion, worries
 
 HARMED = "likely harmed"  # begins the note of a weight whose figures say so
 
@@ -119,7 +120,7 @@ class Latency:
     what: str = "forward"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizationReport:
     """What was quantized, what it gained and what it cost.
 
@@ -133,6 +134,7 @@ class QuantizationReport:
         quantized_metrics: The same metrics of the quantized model, on the same batches.
         monitor: The metric that judges, where there is one.
         mode: Whether that metric is better when smaller ("min") or larger ("max").
+        mode_from: Where that is known from, in words, where it was not asked.
         path: The file, once written.
         budget: What was asked and found, with bits="auto".
         environment: Versions and machine: name -> value.
@@ -154,6 +156,7 @@ class QuantizationReport:
     quantized_metrics: Mapping[str, float] = field(default_factory=dict)
     monitor: str | None = None
     mode: str | None = None
+    mode_from: str = ""
     path: str | None = None
     budget: Budget | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -191,6 +194,16 @@ class QuantizationReport:
         return f"{HARMED}: {named}{more}; use 6 bits or groups (granularity=64)"
 
     @property
+    def suspicion(self) -> str:
+        """Why a metric that got better is not believed; empty where it is."""
+        return suspicion(self)
+
+    @property
+    def worries(self) -> tuple[str, ...]:
+        """What is to be looked at before the file is used, in words."""
+        return worries(self)
+
+    @property
     def verdict(self) -> str:
         """Whether the budgets are met, or without any what was gained, in one line."""
         size = f"{self.size_bytes:,} bytes, {ratio_said(self.ratio)}"
@@ -198,9 +211,11 @@ class QuantizationReport:
             size += f"; {self.monitor} {_change(self.drop)}"
         size += f"; {self.warning}" if self.warning else ""
         if self.budget is None:
-            return size
+            return f"Not believed: {self.suspicion} ({size})" if self.suspicion else size
         if self.budget.failure:
             return f"Budget missed: {self.budget.failure} ({size})"
+        if self.suspicion:
+            return f"Budget not proven: {self.suspicion} ({size})"
         limits = []
         if self.budget.max_drop is not None:
             limits.append(f"drop at most {self.budget.max_drop:g}")
@@ -218,8 +233,18 @@ class QuantizationReport:
         if self.drop is not None:
             own["drop"] = self.drop
         if self.budget is not None:
-            own["budget_met"] = float(self.budget.met)
+            own["budget_met"] = float(self.budget.met and not self.suspicion)
         return {f"quantized/{k}": float(v) for k, v in {**self.quantized_metrics, **own}.items()}
+
+    def __repr__(self) -> str:
+        from clipquant.report.summary import lines  # it reads this record
+
+        return "\n".join(lines(self))
+
+    def _repr_html_(self) -> str:
+        from clipquant.report.summary import html_table
+
+        return html_table(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-able values, infinities and NaN as null."""

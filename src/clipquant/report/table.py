@@ -7,33 +7,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows
-from clipquant.report.record import LayerRecord, QuantizationReport, ratio_said
+from clipquant.report.record import LayerRecord, QuantizationReport
+from clipquant.report.summary import HEADER, SEARCH_HEADER, closing, figures_of, search_rows
 from clipquant.shown import shown
 
 LAYER_HEADER = ("weight", "shape", "bits", "method", "SQNR dB", "sensitivity", "bytes", "share")
-
-
-def summary_rows(report: QuantizationReport) -> list[tuple[str, str, str]]:
-    """Return the rows (what, float, quantized) of the table at the end of a fit."""
-    rows = [
-        (
-            name + (" (monitored)" if name == report.monitor else ""),
-            f"{value:.6g}",
-            f"{report.quantized_metrics.get(name, math.nan):.6g}",
-        )
-        for name, value in report.float_metrics.items()
-    ]
-    bits = f"{report.bits_per_weight:.2f}"
-    rows += [
-        ("bytes", f"{report.float_bytes:,}", f"{report.size_bytes:,}"),
-        ("ratio", "1", ratio_said(report.ratio)),
-        ("bits per weight, scales included", "32", bits),
-    ]
-    if report.latency is not None:
-        timed = report.latency
-        what = f"ms, {timed.what}, batch {timed.batch}, {timed.threads} threads"
-        rows.append((what, f"{timed.float_ms:.2f}", f"{timed.quantized_ms:.2f}"))
-    return rows
 
 
 def layer_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
@@ -78,17 +56,24 @@ def print_report(report: QuantizationReport) -> None:
         print_table("Left in float", ("tensor", "bytes", "why"), rows)
 
 
-def print_summary(report: QuantizationReport) -> None:
-    """Print the table at the end of a fit, and where the file stands."""
-    print_table("Quantized", ("", "float", "quantized"), summary_rows(report))
-    if report.budget is not None:
-        print(shown(report.verdict))
-    if report.path:
-        print(f"Artifact: {shown(report.path)}")
-    if report.exports:
+def print_summary(report: QuantizationReport, said: Sequence[str] = ()) -> None:
+    """Print the table at the end of a fit: before and after, the file and how to load it, and what to worry about.
+
+    Args:
+        report: What to print.
+        said: Worries that the reader has been told already, or is about to be.
+    """
+    print_table("Quantized", HEADER, figures_of(report))
+    if report.budget is not None and len(report.budget.trials) > 1:
+        print_table("Search", SEARCH_HEADER, search_rows(report))
+    told = [export for export in report.exports if not export["error"]]
+    if told:
         print_table("Exports", EXPORT_HEADER, export_rows(report))
     for remark in export_remarks(report):
-        print("Export " + "\n  ".join(map(shown, remark.lines)))
+        if not remark.failed:
+            print("Export " + "\n  ".join(map(shown, remark.lines)))
+    for line in closing(report, said):
+        print(shown(line))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

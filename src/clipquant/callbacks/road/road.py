@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 
 from clipquant.callbacks.lightning import is_overridden
 from clipquant.callbacks.road.guest import guest_of
+from clipquant.callbacks.road.logged import Nature, natures_of
 from clipquant.callbacks.road.nested import nested_trainer
 from clipquant.callbacks.road.ranks import alone
 from clipquant.callbacks.road.silence import Silence, silently
@@ -36,6 +37,7 @@ class Road:
         before: Whether it is used before training: then no loader is asked for anew, and batches are
             those that the Trainer has prepared already.
         plain: Whether batches are given to `forward` though there is a `validation_step`.
+        natures: What the metrics that were logged on it say of themselves.
     """
 
     trainer: pl.Trainer
@@ -43,6 +45,7 @@ class Road:
     silence: Silence
     before: bool = False
     plain: bool = False
+    natures: dict[str, Nature] = field(default_factory=dict)
 
     @property
     def has_step(self) -> bool:
@@ -83,6 +86,7 @@ class Road:
                 nested_trainer(self.trainer, self.silence, limit=limit, bar=bar, hooks=hooks)
             )
             inner.validate(self.guest, dataloaders=loaders, verbose=False)
+            self.natures.update(natures_of(inner))
             return {name: float(value) for name, value in inner.callback_metrics.items()}
 
     def _lay_(self, step: Step | None, hooks: bool) -> None:

@@ -1,0 +1,116 @@
+"""A report in few words: the rows and lines at the end of a fit, and what `print` and a notebook show of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from clipquant.report.digits import pair, size
+from clipquant.report.plots import counted
+from clipquant.report.record import QuantizationReport, drop_of, ratio_said
+from clipquant.report.text import escape
+
+HEADER = ("", "float", "quantized", "change")
+SEARCH_HEADER = ("tried", "bytes", "metric", "drop", "")
+
+
+def figures_of(report: QuantizationReport) -> list[tuple[str, ...]]:
+    """Return the rows (what, float, quantized, change): the metric that judges first, then sizes."""
+    names = sorted(report.float_metrics, key=lambda name: name != report.monitor)
+    rows = [_metric_row(report, name) for name in names]
+    if not rows:
+        rows = [("metric", "-", "-", "not judged")]
+    sizes = (f"{report.float_bytes:,}", f"{report.size_bytes:,}")
+    bits = f"{report.bits_per_weight:.3g}"
+    return [
+        *rows,
+        ("bytes", *sizes, ratio_said(report.ratio)),
+        ("bits per weight, with scales", "32", bits, ""),
+    ]
+
+
+def _metric_row(report: QuantizationReport, name: str) -> tuple[str, ...]:
+    before, after = report.float_metrics[name], report.quantized_metrics.get(name, math.nan)
+    label = f"{name} (monitored)" if name == report.monitor else name
+    return label, *pair(before, after), _change(report, name, before, after)
+
+
+def _change(report: QuantizationReport, name: str, before: float, after: float) -> str:
+    """Return by how much a metric changed: worse or better only where it is known which way is which."""
+    change = after - before
+    if not math.isfinite(change):
+        return "-"
+    if change == 0:
+        return "unchanged"
+    if name != report.monitor or report.mode is None:
+        return f"{change:+.2g}"
+    drop = drop_of(before, after, report.mode)
+    return f"{'worse' if drop > 0 else 'better'} by {abs(drop):.2g}"
+
+
+def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
+    """Return one row a file that a search for a budget has judged, in their order."""
+    before = report.float_metrics.get(report.monitor or "")
+    rows: list[tuple[str, ...]] = []
+    for trial in () if report.budget is None else report.budget.trials:
+        value, drop = "-", "-"
+        if trial.value is not None:
+            value = f"{trial.value:.4g}"
+            drop = "-" if before is None else f"{drop_of(before, trial.value, report.mode):.2g}"
+        what = "bits for each row" if trial.what == "rows" else "one width for all"
+        rows.append((what, f"{trial.size_bytes:,}", value, drop, "chosen" if trial.chosen else ""))
+    return rows
+
+
+def closing(report: QuantizationReport, said: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the lines beneath the table: the verdict, the file, how to load it, what to worry about.
+
+    Args:
+        report: What is told.
+        said: Worries that are told elsewhere.
+    """
+    if report.monitor is not None and report.mode_from not in ("", "as given"):
+        way = "higher" if report.mode == "max" else "lower"
+        yield f"{report.monitor} judges: {way} is better, {report.mode_from}."
+    if not report.float_metrics:
+        yield "Not judged: there was nothing to judge by, so what the rounding costs is not known."
+    told = bool(report.budget and report.budget.failure and report.budget.failure in " ".join(said))
+    if report.budget is not None and not told and not report.suspicion:
+        yield report.verdict
+    if report.path:
+        page = Path(report.path).with_name("report.html")
+        yield f"Artifact: {report.path}" + (f" (and {page.name})" if page.is_file() else "")
+        yield f"Load it: model = clipquant.load_quantized({str(report.path)!r}, model).eval()"
+    for worry in report.worries:
+        if not any(worry in other or other in worry for other in said):
+            yield f"Look at: {worry}"
+
+
+def lines(report: QuantizationReport) -> Iterator[str]:
+    """Yield what `repr` gives: a few lines.
+
+    Args:
+        report: What is told.
+    """
+    weights = len(report.layers)
+    yield (
+        f"QuantizationReport: {counted(weights, 'weight')} at {report.bits_per_weight:.3g} bits, "
+        f"{size(report.float_bytes)} -> {size(report.size_bytes)}, {ratio_said(report.ratio)}"
+    )
+    for name, before, after, change in figures_of(report)[:3]:
+        if name in ("metric", "bytes"):
+            break
+        yield f"  {name}: {before} -> {after}, {change}"
+    yield from (f"  {line}" for line in closing(report) if not line.startswith("Load it"))
+
+
+def html_table(report: QuantizationReport) -> str:
+    """Return the table for a notebook, and what to worry about."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in figures_of(report)
+    )
+    beneath = "".join(f"<div>{escape(line)}</div>" for line in closing(report))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{beneath}"
