@@ -261,7 +261,7 @@ bits='auto' with max_drop or max_size to have it chosen.
     def _say_(self, outcome: Outcome) -> None:
         """Tell a missed budget, and raise where failures shall."""
         if outcome.report is not None and outcome.report.warning:
-            rank_zero_warn(f"The quantized network is {outcome.report.warning}.")
+            warn(f"The quantized network is {outcome.report.warning}.")
         if outcome.budget and self.on_fail == "raise":
             raise BudgetError(f"{outcome.budget}. What comes nearest is in {outcome.path}.")
         if outcome.budget:
