@@ -23,12 +23,6 @@ SCRIPTS = sorted(p for p in HERE.rglob("*_checks.py") if not p.name.startswith("
 collect_ignore = list(map(str, SCRIPTS))  # they import what only two_processes.py can
 
 
-@pytest.fixture(autouse=True)
-def _brief_latency(monkeypatch):
-    """Let every fit time its step a few times only: what a test looks at does not depend on how often."""
-    monkeypatch.setattr("clipquant.callbacks.road.latency.SECONDS", 0.0)
-
-
 @pytest.fixture(scope="session")
 def in_two_processes(tmp_path_factory, worker_id):
     """Run every script of checks in two processes, once; return a function that gives a check's traceback, if any."""

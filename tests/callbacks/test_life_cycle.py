@@ -202,7 +202,6 @@ def test_batches_take_the_trainers_road(asked: Any, tmp_path: Any) -> None:
     callback = QuantizeOnFitEnd(dirpath=tmp_path, **asked)
     trainer_of(tmp_path, callback).fit(Takes(), datamodule=Named())
     assert callback.report.failures == ()
-    assert callback.report.latency is not None
     assert "4 batches of the train dataloader" in callback.report.calibration
 
 

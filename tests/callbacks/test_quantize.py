@@ -359,7 +359,7 @@ def test_a_disk_that_fills_up_after_the_file_leaves_a_report_of_that_file(tmp_pa
 
         monkeypatch.setattr(os, "fsync", full)
 
-    monkeypatch.setattr("clipquant.callbacks.fit_end.measure_latency", fill)
+    monkeypatch.setattr("clipquant.callbacks.fit_end.export_files", fill)
     callback = QuantizeOnFitEnd(4, method="rtn", dirpath=tmp_path)
     with pytest.warns(UserWarning, match=r"writing the report failed .*report\.json"):
         fit(callback, tmp_path)

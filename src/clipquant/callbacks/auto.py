@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from clipquant.callbacks.road.calibration import SOURCES, Found, loop_on, run_prepared
@@ -41,14 +40,13 @@ def choose_bits(
         ValueError: If there is no training data, or the goal cannot be asked.
     """
     targets = goal.recipe.select(road.guest).targets
+    if progress is not None:
+        progress("sensitivities", 0, len(targets))
     fisher, what = sensitivities(road, targets, found)
     trials = count(1)
 
     def measure(weights: QuantizedWeights) -> Mapping[str, float]:
-        metrics = judge(road, weights.state_dict())
-        value = metrics.get(goal.monitor)
-        rank_zero_info(f"Budget search, trial {next(trials)}: {goal.monitor} = {value}")
-        return metrics
+        return judge(road, weights.state_dict(), what=f"bits for the budget, trial {next(trials)}")
 
     calibration = Calibration(found.batches, run_prepared, progress, loop=loop_on(found.on(road)))
     judged = measure if before else None

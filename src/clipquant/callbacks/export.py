@@ -82,7 +82,12 @@ def export_files(
         max_drop: Most that int8 may lose of the monitored metric.
     """
     source = _Source(road, found, quantized, max_drop)
-    return tuple(_export(chosen, source, folder / chosen.file) for chosen in formats)
+    records = []
+    for number, chosen in enumerate(formats):
+        if road.tell is not None:
+            road.tell(f"exporting {chosen.name}", number, len(formats))
+        records.append(_export(chosen, source, folder / chosen.file))
+    return tuple(records)
 
 
 def _export(chosen: Format, source: _Source, path: Path) -> ExportRecord:

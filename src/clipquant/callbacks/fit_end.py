@@ -26,17 +26,16 @@ from clipquant.callbacks.road.calibration import (
     run_prepared,
 )
 from clipquant.callbacks.road.judge import judge
-from clipquant.callbacks.road.latency import measure_latency
 from clipquant.callbacks.road.road import Road, open_road
+from clipquant.callbacks.screen import display
 from clipquant.callbacks.settings import Settings
 from clipquant.callbacks.watch import Watch
 from clipquant.model import QuantizedModel
-from clipquant.quant.network.calibration import Calibration, Progress
+from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.state import kept, seeded
 from clipquant.quant.recipe import Recipe
 from clipquant.report.files import write_report
-from clipquant.report.progress import progress_bar
-from clipquant.report.record import Budget, Latency, QuantizationReport
+from clipquant.report.record import Budget, QuantizationReport
 from clipquant.report.table import print_summary
 
 FILE = "model.safetensors"
@@ -89,11 +88,15 @@ class FitEnd:
         """Return what came of it; the module ends as it was."""
         made: QuantizedModel | None = None
         path: Path | None = None
-        with open_road(self.trainer, module, probe) as road:
+        with (
+            display(self.trainer) as tell,
+            open_road(self.trainer, module, probe, tell=tell) as road,
+        ):
             self._take_best_(road)
             before = self._judged(road, None, "float")
             found = self._batches(road)
-            made = self._quantized(road, found, before)
+            rungs = list(self._rungs(road, found, before))
+            made = climb_down(rungs, road.guest, self.failures, self.settings.line)
             if made is not None:
                 made = self._reported(road, made, before)
                 made, path = self._saved(made)
@@ -122,7 +125,7 @@ class FitEnd:
             f"the report has no {which} metrics",
             "Run trainer.validate(module) to see the error by itself.",
         ):
-            return judge(road, state)
+            return judge(road, state, what=f"judging the {which} weights")
         return {}
 
     def _batches(self, road: Road) -> Found | None:
@@ -144,27 +147,15 @@ class FitEnd:
                 )
         return found
 
-    def _quantized(
-        self, road: Road, found: Found | None, before: Mapping[str, float]
-    ) -> QuantizedModel | None:
-        with progress_bar(self._bar()) as tell:
-            rungs = list(self._rungs(road, found, before, tell))
-            return climb_down(rungs, road.guest, self.failures, self.settings.line)
-
-    def _bar(self) -> bool:
-        return self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
-
-    def _rungs(
-        self, road: Road, found: Found | None, before: Mapping[str, float], tell: Progress | None
-    ) -> list[Rung]:
+    def _rungs(self, road: Road, found: Found | None, before: Mapping[str, float]) -> list[Rung]:
         """Return the ways to quantize, the one asked for first."""
         settings, recipe, guest = self.settings, self.settings.recipe, road.guest
         data = None
         if found is not None and settings.wants_data(guest):
-            data = Calibration(found.batches, run_prepared, tell, loop=loop_on(found.on(road)))
+            data = Calibration(found.batches, run_prepared, road.tell, loop=loop_on(found.on(road)))
         rungs: list[Rung] = []
         if settings.auto:
-            rungs = [] if found is None else self._by_budgets(road, found, before, tell)
+            rungs = [] if found is None else self._by_budgets(road, found, before)
         elif data is not None:
             what = f"{found.what}{_refused(found)}" if found is not None else ""
             rungs.append(
@@ -175,9 +166,7 @@ class FitEnd:
             )
         return rungs + data_free_rungs(settings, guest, self.quantize)
 
-    def _by_budgets(
-        self, road: Road, found: Found, before: Mapping[str, float], tell: Progress | None
-    ) -> list[Rung]:
+    def _by_budgets(self, road: Road, found: Found, before: Mapping[str, float]) -> list[Rung]:
         """Return the ways that search: by all budgets where they can be judged, then by the size alone."""
         goal = self.settings.goal(self.trainer, road.natures)
         goal = replace(goal, monitor=logged_name(goal.monitor, before))
@@ -189,7 +178,7 @@ class FitEnd:
         rungs: list[Rung] = []
         if judged:
             what = "choosing bits by the budgets"
-            rungs.append(Rung(what, lambda: choose_bits(road, goal, found, before, tell)))
+            rungs.append(Rung(what, lambda: choose_bits(road, goal, found, before, road.tell)))
         elif before:
             self.failures.add_(
                 Failure(
@@ -204,7 +193,7 @@ class FitEnd:
             what = "choosing bits by the size alone"
             given = goal.max_drop
             rungs.append(
-                Rung(what, lambda: _missing(choose_bits(road, alone, found, {}, tell), given))
+                Rung(what, lambda: _missing(choose_bits(road, alone, found, {}, road.tell), given))
             )
         return rungs
 
@@ -262,15 +251,8 @@ class FitEnd:
     def _completed(
         self, road: Road, found: Found | None, made: QuantizedModel, path: Path | None
     ) -> QuantizedModel:
-        """Add what is measured beside the file: latency and exports."""
-        latency: Latency | None = None
+        """Add the exports beside the file."""
         exports: tuple[dict[str, Any], ...] = ()
-        if found is not None:
-            with self.failures.step(
-                "timing a step", "the report has no latency", "None is needed."
-            ):
-                latency = measure_latency(road, made.state_dict(), found)
-        made = replace(made, report=replace(made.report, latency=latency))
         if path is not None:
             with (
                 self.failures.step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from clipquant.report.digits import pair, size
@@ -79,12 +80,20 @@ def closing(report: QuantizationReport, said: Sequence[str] = ()) -> Iterator[st
     if report.budget is not None and not told and not report.suspicion:
         yield report.verdict
     if report.path:
-        page = Path(report.path).with_name("report.html")
-        yield f"Artifact: {report.path}" + (f" (and {page.name})" if page.is_file() else "")
-        yield f"Load it: model = clipquant.load_quantized({str(report.path)!r}, model).eval()"
+        path = _near(report.path)
+        beside = Path(report.path).with_name("report.html").is_file()
+        yield f"Artifact: {path}" + (" (and report.html)" if beside else "")
+        yield f"Load it: clipquant.load_quantized({path!r}, model).eval()"
     for worry in report.worries:
         if not any(worry in other or other in worry for other in said):
             yield f"Look at: {worry}"
+
+
+def _near(path: str) -> str:
+    """Return a path as seen from the current folder, where it lies below it."""
+    with suppress(ValueError, OSError):
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    return str(path)
 
 
 def lines(report: QuantizationReport) -> Iterator[str]:

@@ -72,6 +72,10 @@ def larger(report: QuantizationReport) -> str:
 
 
 def _exports(report: QuantizationReport) -> Iterator[str]:
+    """Yield why exports failed; those that did for one reason share a line."""
+    reasons: dict[str, list[str]] = {}
     for export in report.exports:
         if export.get("error"):
-            yield f"Export {export['format']} failed: {export['error']}"
+            reasons.setdefault(export["error"], []).append(export["format"])
+    for why, names in reasons.items():
+        yield f"Export {', '.join(names)} failed: {why}"

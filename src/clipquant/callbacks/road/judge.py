@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from clipquant.callbacks.lightning import package_of
 from clipquant.callbacks.road.data import kept_generators, validation_loaders
 from clipquant.callbacks.road.road import Road
 from clipquant.quant.network.outputs import tensors_of
@@ -22,6 +21,7 @@ def judge(
     *,
     forward: Callable[..., Any] | None = None,
     limit: Any = None,
+    what: str = "judging",
 ) -> dict[str, float]:
     """Return every metric that a validation of the guest logs, on one device, the same batches each time.
 
@@ -30,6 +30,7 @@ def judge(
         state: Weights to judge instead of the guest's own.
         forward: What runs in the place of the guest's `forward`.
         limit: As `limit_val_batches`; None: as the outer Trainer's.
+        what: What is being judged, for whoever shows progress.
 
     Returns:
         Name -> value; empty where the Trainer has no validation data.
@@ -37,11 +38,9 @@ def judge(
     loaders = validation_loaders(road)
     if loaders is None:
         return {}
-    if road.trainer.is_global_zero:
-        _end_progress(road.trainer)
     with kept_generators(road, loaders), weights(road.guest, state), replaced(road.guest, forward):
         limit = road.trainer.limit_val_batches if limit is None else limit
-        return road.run(loaders, limit=limit, bar=True)
+        return road.run(loaders, limit=limit, what=what)
 
 
 @contextmanager
@@ -78,14 +77,6 @@ def replaced(guest: pl.LightningModule, forward: Callable[..., Any] | None) -> I
     finally:
         own.pop("forward")
         own.update({} if before is None else {"forward": before})
-
-
-def _end_progress(trainer: pl.Trainer) -> None:
-    """End the fit's progress bar where it is rich's, whose screen holds one live display at a time."""
-    bar = trainer.progress_bar_callback
-    rich = package_of(trainer).callbacks.RichProgressBar
-    if isinstance(bar, rich):
-        bar.teardown(trainer, trainer.lightning_module, "fit")
 
 
 @contextmanager

@@ -48,7 +48,6 @@ def nested_trainer(
     silence: Silence,
     *,
     limit: Any = 1.0,
-    bar: bool = False,
     hooks: bool = True,
 ) -> Iterator[pl.Trainer]:
     """Yield a Trainer that validates by itself, writes nothing, and knows what the outer one knows.
@@ -60,14 +59,13 @@ def nested_trainer(
         trainer: The outer Trainer.
         silence: Gives its loggers' stand-ins.
         limit: As `limit_val_batches`.
-        bar: Whether a progress bar is shown where the outer Trainer shows one.
         hooks: Whether the datamodule's batch hooks are used.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     outer = None if datamodule is None else datamodule.trainer
     with _kept_flags(), _kept_schedules(trainer):
         with silence.quiet():
-            inner = _inner(trainer, silence, _Host(datamodule, hooks), limit, bar)
+            inner = _inner(trainer, silence, _Host(datamodule, hooks), limit)
         _stand_where_(inner, trainer)
         try:
             if datamodule is not None:
@@ -78,12 +76,11 @@ def nested_trainer(
                 datamodule.trainer = outer
 
 
-def _inner(trainer: pl.Trainer, silence: Silence, host: Any, limit: Any, bar: bool) -> pl.Trainer:
+def _inner(trainer: pl.Trainer, silence: Silence, host: Any, limit: Any) -> pl.Trainer:
     package = package_of(trainer)
     environments = import_module(f"{package.__name__}.plugins.environments")
     device = trainer.strategy.root_device
     on_gpu = device.type in ("cuda", "mps")
-    shown = bar and trainer.progress_bar_callback is not None and trainer.is_global_zero
     made: pl.Trainer = package.Trainer(
         accelerator=device.type if on_gpu else "cpu",
         devices=[device.index or 0] if device.type == "cuda" else 1,
@@ -101,7 +98,7 @@ def _inner(trainer: pl.Trainer, silence: Silence, host: Any, limit: Any, bar: bo
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=shown,
+        enable_progress_bar=False,
         default_root_dir=trainer.default_root_dir,
     )
     return made

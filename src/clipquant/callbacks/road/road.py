@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from clipquant.callbacks.road.logged import Nature, natures_of
 from clipquant.callbacks.road.nested import nested_trainer
 from clipquant.callbacks.road.ranks import alone
 from clipquant.callbacks.road.silence import Silence, silently
-from clipquant.quant.network.calibration import call_model
+from clipquant.quant.network.calibration import Progress, call_model
 from clipquant.quant.network.state import kept, seeded
 
 # What a step does: its place in the loop, the step itself and the arguments that Lightning has prepared.
@@ -38,6 +39,7 @@ class Road:
             those that the Trainer has prepared already.
         plain: Whether batches are given to `forward` though there is a `validation_step`.
         natures: What the metrics that were logged on it say of themselves.
+        tell: Told what is being done, the steps done and the steps in all.
     """
 
     trainer: pl.Trainer
@@ -46,6 +48,7 @@ class Road:
     before: bool = False
     plain: bool = False
     natures: dict[str, Nature] = field(default_factory=dict)
+    tell: Progress | None = None
 
     @property
     def has_step(self) -> bool:
@@ -63,7 +66,7 @@ class Road:
         step: Step | None = None,
         *,
         limit: Any = 1.0,
-        bar: bool = False,
+        what: str = "",
         hooks: bool = True,
     ) -> dict[str, float]:
         """Return what a validation of the guest logs.
@@ -73,7 +76,7 @@ class Road:
             step: What is done with each batch, in the place of the step alone; then nothing is logged,
                 and what the module does at the end of batches and epochs is left out.
             limit: As `limit_val_batches`.
-            bar: Whether a progress bar is shown where the outer Trainer shows one.
+            what: What is being done, told before each batch; empty: nothing is told.
             hooks: Whether batches go through the hooks of transfer; those that did so already do not.
         """
         with ExitStack() as stack:
@@ -81,15 +84,27 @@ class Road:
             stack.enter_context(self.silence.quiet())
             stack.enter_context(alone())
             stack.enter_context(kept(self.guest))
-            self._lay_(step, hooks)
+            trainers: list[pl.Trainer] = []
+            self._lay_(step, hooks, self._counter(what, trainers))
             inner = stack.enter_context(
-                nested_trainer(self.trainer, self.silence, limit=limit, bar=bar, hooks=hooks)
+                nested_trainer(self.trainer, self.silence, limit=limit, hooks=hooks)
             )
+            trainers.append(inner)
             inner.validate(self.guest, dataloaders=loaders, verbose=False)
             self.natures.update(natures_of(inner))
             return {name: float(value) for name, value in inner.callback_metrics.items()}
 
-    def _lay_(self, step: Step | None, hooks: bool) -> None:
+    def _counter(self, what: str, trainers: list[pl.Trainer]) -> Callable[[int], None]:
+        """Return what tells, before each batch, how many are done of how many."""
+
+        def count(number: int) -> None:
+            if self.tell is not None and what:
+                batches = sum(trainers[-1].num_val_batches)
+                self.tell(what, number, int(batches) if math.isfinite(batches) else number + 1)
+
+        return count
+
+    def _lay_(self, step: Step | None, hooks: bool, count: Callable[[int], None]) -> None:
         """Put what is done with a batch in the place of the guest's `validation_step`."""
         guest = self.guest
         own = silently(guest.validation_step if self.by_step else functools.partial(_call, guest))
@@ -105,7 +120,9 @@ class Road:
         number = iter(range(1 << 62))
 
         def validation_step(*args: Any) -> Any:
-            return step(next(number), own, args)
+            place = next(number)
+            count(place)
+            return step(place, own, args)
 
         if self.has_step:
             functools.update_wrapper(validation_step, own)
@@ -119,6 +136,7 @@ def open_road(
     probe: Callable[[Road], Any],
     *,
     before: bool = False,
+    tell: Progress | None = None,
 ) -> Iterator[Road]:
     """Yield the road of a module: on an independent copy, or on itself, put back at the end.
 
@@ -127,6 +145,7 @@ def open_road(
         module: Its module, which ends as it was.
         probe: Runs a road for a batch or so and returns what it gave, to prove a copy independent.
         before: Whether it is used before training.
+        tell: Told what is being done.
     """
     silence = Silence(trainer)
 
@@ -134,7 +153,7 @@ def open_road(
         return probe(Road(trainer, guest, silence, before))
 
     with guest_of(module, silence, run) as guest:
-        yield Road(trainer, guest, silence, before)
+        yield Road(trainer, guest, silence, before, tell=tell)
 
 
 def _seeded_step(number: int, step: Callable[..., Any], args: Sequence[Any]) -> Any:
