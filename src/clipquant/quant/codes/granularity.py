@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clipquant.quant.codes.grid import Coded
-from clipquant.quant.codes.ranges import mse_grid
+from clipquant.quant.codes.grid import Coded, Grid
+from clipquant.quant.codes.ranges import minmax_grid, mse_grid
 from clipquant.quant.codes.spec import Granularity, QuantSpec
 
 GROUPS = (128, 64, 32)
@@ -49,9 +49,12 @@ def fitting_granularity(matrix: Tensor, spec: QuantSpec, short: float = SHORT) -
     if limit is None or spec.levels is not None or matrix.shape[1] <= GROUPS[-1]:
         return "channel"
     rows = matrix[:: max(matrix.numel() // _SAMPLE, 1)].float()
+    allowed = float(rows.square().sum()) / 10 ** ((limit - short) / 10)
+    # The whole range is never better than the best, so that where it holds nothing has to be searched.
+    if _squared(rows, minmax_grid(rows, spec)) <= allowed:
+        return "channel"
     error = _error(rows, spec)
-    energy = float(rows.square().sum())
-    if not 0 < error < math.inf or 10 * math.log10(energy / error) >= limit - short:
+    if not 0 < error < math.inf or error <= allowed:
         return "channel"
     tried: dict[Granularity, float] = {"channel": error}
     for size in (size for size in GROUPS if size < matrix.shape[1]):
@@ -61,5 +64,9 @@ def fitting_granularity(matrix: Tensor, spec: QuantSpec, short: float = SHORT) -
 
 
 def _error(matrix: Tensor, spec: QuantSpec) -> float:
-    off = Coded.nearest(matrix, mse_grid(matrix, spec)).values() - matrix
+    return _squared(matrix, mse_grid(matrix, spec))
+
+
+def _squared(matrix: Tensor, grid: Grid) -> float:
+    off = Coded.nearest(matrix, grid).values() - matrix
     return float(off.square().sum(dtype=torch.float64))
