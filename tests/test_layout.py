@@ -13,7 +13,6 @@ REASONS = {
     "artifact/content.py": "artifact/test_artifact.py and artifact/test_packed_load.py: the file as a whole",
     "artifact/envelope.py": "artifact/test_artifact.py: the file as a whole",
     "artifact/fault.py": "test_shown.py: its text on terminals",
-    "artifact/load.py": "artifact/test_artifact.py, test_packed_load.py and test_versions.py",
     "artifact/schema.py": "artifact/test_hostile.py: every field refused by name, artifact/test_fuzz.py",
     "artifact/weights.py": "artifact/test_hostile.py: every field refused by name, artifact/test_fuzz.py",
     "callbacks/auto.py": "budget/test_search.py runs it in real fits",

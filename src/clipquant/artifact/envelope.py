@@ -32,6 +32,7 @@ ROOM = (
 )  # bytes that what is read may take in memory before the file's own bytes have paid for it
 _KEY = "clipquant"
 _BLANK = "0" * 64  # stands for the digest while the digest is taken
+_ZIP = b"PK\x03\x04"  # how files of torch.save begin
 _SHORT = 3  # bytes of a tensor's own digest: enough to say which one is damaged
 _KINDS = KINDS
 _PLACE = {dtype: place for place, dtype in enumerate(KINDS)}
@@ -190,6 +191,12 @@ def _read_head(data: bytes | bytearray, path: str | Path, size: int) -> _Head:
     """Return a file's header, or say why there is none."""
     if len(data) < 8:
         raise ArtifactError(f"{path} is damaged: it ends after {len(data)} bytes.")
+    if data[:4] == _ZIP:
+        raise ArtifactError(
+            f"{path} is no safetensors file but a zip archive, as checkpoints of torch and Lightning are. To "
+            "quantize one: clipquant quantize --config FILE --ckpt_path CHECKPOINT, or "
+            "quantize(Net.load_from_checkpoint(path)).save(file)."
+        )
     end = _header_end(data)
     if end > len(data):
         raise ArtifactError(f"{path} is damaged or no safetensors file: its header is cut off.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from clipquant.artifact.content import parse, weights_of
 from clipquant.artifact.envelope import open_sealed, read_bytes
 from clipquant.artifact.fault import ArtifactError
 from clipquant.artifact.weights import Parts, packed_weight, unpacked_weight
-from clipquant.errors import ArgumentError
+from clipquant.errors import ArgumentError, ArgumentTypeError
 
 
 def load_quantized(
@@ -44,6 +45,7 @@ def load_quantized(
         ArtifactError: If the file is missing, damaged or of a newer format, or `model` differs
             from what was saved (names the missing, the unexpected and the misshapen tensors).
         ValueError: If `packed` is asked for without a model.
+        TypeError: If the two arguments are swapped, or `model` is a class.
 
     >>> load_quantized("none.safetensors")
     Traceback (most recent call last):
@@ -51,6 +53,7 @@ def load_quantized(
     clipquant.artifact.fault.ArtifactError: none.safetensors cannot be read: no such file or \
 directory.
     """
+    _check_types(path, model)
     if model is None:
         if packed:
             raise ArgumentError(
@@ -65,6 +68,24 @@ directory.
         return _load_packed(parts, model)
     tensors = {name: unpacked_weight(parts, name) for name in manifest.weights}
     return load_state(model, weights_of(parts, tensors).state_dict(), str(path))
+
+
+def _check_types(path: object, model: object) -> None:
+    """Raise where the arguments are swapped or a class stands for its instance."""
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(
+            f"load_quantized takes the file first and then the model; got {_kind(path)} as the file. "
+            'Write load_quantized("model.safetensors", model).'
+        )
+    if not isinstance(model, nn.Module | None):
+        remedy = f"{model.__name__}(...)" if isinstance(model, type) else "a torch.nn.Module"
+        raise ArgumentTypeError(
+            f"model must be a module with weights to fill; got {_kind(model)}. Pass {remedy}."
+        )
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def _load_packed(parts: Parts, model: nn.Module) -> nn.Module:
@@ -123,5 +144,23 @@ def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: 
         said = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
         raise ArtifactError(
             f"{source} does not fit {type(model).__name__}: {said}. "
-            "Build the model with the arguments it was trained with."
+            f"{_moved(set(own), set(shapes)) or 'Build the model with the arguments it was trained with.'}"
         )
+
+
+def _moved(own: set[str], held: set[str]) -> str:
+    """Return that one of two sets of keys is the other under a prefix, and the remedy; empty where it is not."""
+    for inner, outer in ((own, held), (held, own)):
+        ends = (
+            [name.removesuffix(min(inner)) for name in outer if name.endswith(min(inner))]
+            if inner
+            else []
+        )
+        for prefix in filter(None, ends):
+            if {prefix + name for name in inner} <= outer:
+                whole = "the file" if outer is held else "the model"
+                return (
+                    f"The keys of {whole} begin with {prefix!r}: one is the other's attribute {prefix.rstrip('.')!r}. "
+                    "Load into the module that was quantized, or quantize the one that is to be loaded."
+                )
+    return ""

@@ -122,14 +122,20 @@ def _tensor_rows(artifact: Artifact) -> Iterator[tuple[str, str, str, str]]:
     from clipquant.report.layers import stored_bytes
 
     weights = artifact.weights
+    places = {_owner(name): place for place, name in enumerate(weights.tensors)}
     for name, tensor in weights.tensors.items():
         bits = f"{tensor.code_bits / max(tensor.numel, 1):.3g}"
         yield name, _show_shape(tensor.layout.shape), bits, f"{stored_bytes(tensor):,}"
-    for name, value in weights.floats.items():
+    floats = sorted(weights.floats, key=lambda name: (places.get(_owner(name), len(places)), name))
+    for name, value in ((name, weights.floats[name]) for name in floats):
         dtype = str(value.dtype).removeprefix("torch.")
         yield name, _show_shape(value.shape), dtype, f"{value.nbytes:,}"
     for alias, name in weights.aliases.items():
         yield alias, f"tied to {name}", "", "0"
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _show_shape(shape: Sequence[int]) -> str:

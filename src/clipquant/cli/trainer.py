@@ -26,7 +26,8 @@ def run_trainer(args: Sequence[str]) -> int:
     """Run one of Lightning's commands, with this package's classes known by their short names."""
     if find_spec("jsonargparse") is None or find_spec("docstring_parser") is None:
         raise CommandError(
-            f"clipquant {args[0]} needs jsonargparse[signatures]: pip install 'clipquant[cli]'."
+            f"clipquant {args[0]} needs jsonargparse[signatures]: pip install 'clipquant[cli]', "
+            "or from a checkout: pip install -c constraints.txt -e '.[cli]'."
         )
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

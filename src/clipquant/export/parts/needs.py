@@ -23,10 +23,11 @@ def require(what: str, packages: Sequence[str], extra: str) -> None:
     Traceback (most recent call last):
     ...
     clipquant.errors.MissingPackageError: export to toy needs no_such_package, not installed here: pip install \
-'clipquant[toy]'.
+'clipquant[toy]', or from a checkout: pip install -c constraints.txt -e '.[toy]'.
     """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise MissingPackageError(
-            f"{what} needs {', '.join(missing)}, not installed here: pip install 'clipquant[{extra}]'."
+            f"{what} needs {', '.join(missing)}, not installed here: pip install 'clipquant[{extra}]', "
+            f"or from a checkout: pip install -c constraints.txt -e '.[{extra}]'."
         )
