@@ -15,6 +15,7 @@ from clipquant.clip.finite import (
     OnNonfinite,
     check_policy,
     nonfinite_members,
+    told,
     zero_nonfinite_,
 )
 from clipquant.clip.gradients import Gradients, writable
@@ -108,7 +109,7 @@ def clip_assigned_(
         damaged = nonfinite_members(job.grads, job.order)
         nonfinite = job.names(damaged)
         if damaged and on_nonfinite == "raise":
-            raise NonfiniteError(_describe(nonfinite))
+            raise NonfiniteError(told(nonfinite))
         if damaged and on_nonfinite == "leave":
             return job.record(nonfinite=nonfinite, before=job.grads.measured(job.order))
         if damaged and on_nonfinite == "zero":
@@ -299,12 +300,4 @@ def _are_plain(grads: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
         and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
         and all(grad.dtype is torch.float32 and grad.is_cpu for grad in grads)  # type: ignore[union-attr]
         and not any(map(Tensor.is_inference, grads))  # type: ignore[arg-type]
-    )
-
-
-def _describe(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return (
-        f"NaN or infinite gradients in {shown}: find the cause with torch.autograd.set_detect_anomaly(True), "
-        'or set on_nonfinite="skip" to leave out such steps'
     )
