@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipquant.clip import Gradients
+from clipquant.clip import Gradients, Norm
+from clipquant.clip.apply import clip_assigned_
+from clipquant.clip.assign import assign
 from clipquant.clip.measured import Measured
 
 
@@ -41,3 +46,32 @@ def test_small_gradients_may_change_before_their_norms_are_read(count: int) -> N
 def test_squares_that_overflow_are_finite() -> None:
     joined = Measured(torch.tensor([3e30, 4e30]), 2.0, (1, 1))
     assert joined.total == pytest.approx(5e30, rel=1e-6)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the scalars that are read, each of which waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["skip", "propagate"])
+@pytest.mark.parametrize("size", [20, 7000])
+def test_a_norm_reads_one_scalar_a_step(size: int, policy: Any) -> None:
+    params = [nn.Parameter(torch.ones(size, 10)) for _ in range(12)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    assignment = assign(params, Norm(1.0))
+    with Reads() as reads:
+        record = clip_assigned_(assignment, on_nonfinite=policy)
+    assert record.clipped
+    assert reads.count == 1
+
+
+def test_a_total_whose_squares_overflow_is_finite() -> None:
+    assert Measured(torch.tensor([3e30, 4e30])).total == pytest.approx(5e30, rel=1e-6)
+    assert Measured(torch.tensor([3e30, math.inf])).total == math.inf
+    assert Measured(torch.zeros(0)).total == 0.0

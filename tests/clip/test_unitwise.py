@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clipquant.clip.unitwise import UnitLimits, scale_units_, unit_norms
+from clipquant.clip.units import UnitLimits, unit_norms
+from clipquant.clip.unitwise import scale_units_
 
 LIMITS = UnitLimits(0.05, 1e-3)
 SHAPES = [(4, 3), (7,), (), (2, 3, 3, 3), (0, 5), (5, 0), (1, 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from clipquant.clip.finite import (
     OnNonfinite,
     check_policy,
     nonfinite_members,
+    told,
     zero_nonfinite_,
 )
 from clipquant.clip.gradients import Gradients, writable
@@ -108,7 +109,7 @@ def clip_assigned_(
         damaged = nonfinite_members(job.grads, job.order)
         nonfinite = job.names(damaged)
         if damaged and on_nonfinite == "raise":
-            raise NonfiniteError(_describe(nonfinite))
+            raise NonfiniteError(told(nonfinite))
         if damaged and on_nonfinite == "leave":
             return job.record(nonfinite=nonfinite, before=job.grads.measured(job.order))
         if damaged and on_nonfinite == "zero":
@@ -267,40 +268,36 @@ def _deferrable(plan: Plan) -> float | None:
 
 def gather_(assignment: Assignment, loss_scale: float) -> Gradients:
     """Return the gradients that there are, each brought to a form whose stored values can be clipped in place."""
+    everything = [param.grad for param in assignment.params]
+    if _are_plain(everything):
+        small = 0 < sum(map(Tensor.numel, everything)) <= _SMALL and all(
+            map(Tensor.numel, everything)
+        )
+        return Gradients(everything, assignment.groups, assignment.positions, loss_scale, small)
     tensors: list[Tensor] = []
     present: list[int] = []
-    small, total = True, 0
-    for i, param in enumerate(assignment.params):
-        grad = param.grad
+    for i, grad in enumerate(everything):
         if grad is None:
             continue
-        if (
-            type(grad) is Tensor
-            and grad.dtype is torch.float32
-            and grad.is_cpu
-            and grad.layout is torch.strided
-            and grad.is_contiguous()
-            and not grad.is_inference()
-        ):
-            count = grad.numel()
-            total += count
-            small = small and count > 0
-        else:
-            small = False
-            ready = writable(grad)
-            if ready is not grad:
-                param.grad = grad = ready
-        tensors.append(grad)
+        ready = writable(grad)
+        if ready is not grad:
+            assignment.params[i].grad = ready
+        tensors.append(ready)
         present.append(i)
     groups: Sequence[int] = assignment.groups
     if len(present) < len(groups):
         groups = [groups[i] for i in present]
-    return Gradients(tensors, groups, present, loss_scale, small and total <= _SMALL)
+    small = _are_plain(tensors) and all(map(Tensor.numel, tensors))
+    small = small and sum(map(Tensor.numel, tensors)) <= _SMALL
+    return Gradients(tensors, groups, present, loss_scale, small)
 
 
-def _describe(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def _are_plain(grads: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
+    """Return whether all are there, dense float32 tensors on a CPU, none of which shares memory within itself."""
     return (
-        f"NaN or infinite gradients in {shown}: find the cause with torch.autograd.set_detect_anomaly(True), "
-        'or set on_nonfinite="skip" to leave out such steps'
+        set(map(type, grads)) == {Tensor}
+        and all(grad.layout is torch.strided for grad in grads)  # type: ignore[union-attr]
+        and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
+        and all(grad.dtype is torch.float32 and grad.is_cpu for grad in grads)  # type: ignore[union-attr]
+        and not any(map(Tensor.is_inference, grads))  # type: ignore[arg-type]
     )

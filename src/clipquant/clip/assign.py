@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 
 from clipquant.clip.checks import is_number
 from clipquant.clip.rule import METHODS, Rule, State
-from clipquant.clip.rules import Chain, Value
+from clipquant.clip.rules import AGC, AdaGC, AutoClip, Chain, Indicator, Norm, Value, ZClip
 from clipquant.errors import ArgumentTypeError
 
 OVERRIDE = "clip"  # key of a parameter group that holds a rule of its own, a number for Value, or None for no clipping
+
+_OWN = frozenset((AGC, AdaGC, AutoClip, Chain, Indicator, Norm, Value, ZClip))
 
 _GROUPS_KEY = re.compile(r"group\d+\.")  # what the keys of a group's own state begin with
 
@@ -81,6 +83,11 @@ class Assignment:
     parts: tuple[Part, ...]
 
     @cached_property
+    def positions(self) -> tuple[int, ...]:
+        """Positions of all parameters."""
+        return _counted(len(self.params))[0]
+
+    @cached_property
     def whole(self) -> Part | None:
         """The last part, if it and all before it cover every parameter."""
         count = len(self.params)
@@ -126,9 +133,9 @@ def assign(
     if type(params) is list and chosen is None and not names:
         kept = tuple({id(param): param for param in params}.values())
         if set(map(type, kept)) <= {nn.Parameter}:  # the common case, without what only others need
-            members = tuple(range(len(kept)))
+            members, names_of_all = _counted(len(kept))
             parts = tuple(_stages(main, members)) if members else ()
-            return Assignment(kept, tuple(map(str, members)), (0,) * len(kept), parts)
+            return Assignment(kept, names_of_all, (0,) * len(kept), parts)
     known = dict(names or {})
     entries: dict[int, tuple[Tensor, int]] = {}
     overrides: dict[int, Any] = {}
@@ -144,10 +151,10 @@ def assign(
     _check_parameters(kept)
     clipped = [i for i, param in enumerate(kept) if chosen is None or chosen(param)]
     groups = tuple([group for _, group in entries.values()])
-    names_of_all = [known.get(id(param), str(i)) for i, param in enumerate(kept)] if known else ()
+    shown = [known.get(id(param), str(i)) for i, param in enumerate(kept)] if known else ()
     return Assignment(
         params=kept,
-        names=tuple(names_of_all or map(str, range(len(kept)))),
+        names=tuple(shown or map(str, range(len(kept)))),
         groups=groups,
         parts=_parts(main, overrides, clipped, groups),
     )
@@ -159,6 +166,9 @@ def as_rule(rule: Any) -> Rule:
     Raises:
         TypeError: `rule` is neither a number nor an object with the methods `init`, `plan` and `clip`.
     """
+    if type(rule) in _OWN:  # the common case
+        own: Rule = rule
+        return own
     if is_number(rule):
         Value(rule)  # whose message shows what was received
         return Value(float(rule))
@@ -255,3 +265,10 @@ def _stages(rule: Rule, members: tuple[int, ...], prefix: str = "") -> list[Part
     if not isinstance(rule, Chain):
         return [Part(rule, members, prefix)]
     return [Part(each, members, f"{prefix}{i}.") for i, each in enumerate(rule.rules)]
+
+
+@lru_cache(maxsize=8)
+def _counted(count: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the numbers below `count`, and the same as text."""
+    numbers = tuple(range(count))
+    return numbers, tuple(map(str, numbers))

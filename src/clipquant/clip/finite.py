@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -80,3 +81,12 @@ def zero_nonfinite_(gradient: Tensor) -> Tensor:
     else:
         torch.nan_to_num_(values, nan=0.0, posinf=0.0, neginf=0.0)
     return gradient
+
+
+def told(names: Sequence[str]) -> str:
+    """Return what to say about parameters whose gradients are not finite, by their names."""
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (
+        f"NaN or infinite gradients in {shown}: find the cause with torch.autograd.set_detect_anomaly(True), "
+        'or set on_nonfinite="skip" to leave out such steps'
+    )

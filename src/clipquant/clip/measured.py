@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from clipquant.clip.norms import combine_norms, value_norms
+from clipquant.clip.norms import combine_norms, value_norms, vector_norm
 
 
 class Measured:
@@ -57,8 +57,12 @@ class Measured:
 
     @cached_property
     def total(self) -> float:
-        """Norm of all gradients as one vector."""
-        return self.norm.item()
+        """Norm of all gradients as one vector, which costs one wait for the device."""
+        values = self._limited
+        total = vector_norm(values, self.order).item() if values.numel() else 0.0
+        if math.isinf(total):  # maybe only powers that overflow
+            total = combine_norms(values, self.order).item()
+        return total * self._factor
 
     def scaled(self, factor: float) -> Measured:
         """Return the norms of the gradients times a factor."""

@@ -14,7 +14,8 @@ from clipquant.clip.measured import Measured
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.plan import Plan
 from clipquant.clip.rule import Rule, State
-from clipquant.clip.unitwise import UnitLimits, scale_small_, scale_units_, unit_norms
+from clipquant.clip.units import UnitLimits, unit_norms
+from clipquant.clip.unitwise import scale_small_, scale_units_
 from clipquant.errors import ArgumentError
 
 
