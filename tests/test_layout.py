@@ -32,10 +32,12 @@ REASONS = {
     "callbacks/quantize_checks.py": "callbacks/test_quantize.py: what is refused before a fit",
     "callbacks/road/data.py": "callbacks/test_life_cycle.py and test_rehearsal.py: every kind of dataloader",
     "callbacks/road/loss.py": "budget/test_search.py: the training step's loss, and without one",
+    "callbacks/road/logged.py": "callbacks/test_watch.py: what logged objects say, in real fits",
     "callbacks/road/precision.py": "callbacks/test_life_cycle.py: every precision",
     "callbacks/road/road.py": "callbacks/road/test_guest.py and test_judge.py: all that runs on it",
     "callbacks/road/silence.py": "callbacks/road/test_guest.py: what loggers and the terminal hear",
     "callbacks/settings.py": "callbacks/test_quantize.py and budget/test_search.py: what was asked, in real fits",
+    "callbacks/telling.py": "callbacks/test_watch.py: warnings show no source",
     "cli/command.py": "a record and an error, without logic",
     "clip/outcome.py": "a record; clip/test_apply.py shows what it tells",
     "clip/shards.py": "clip/test_distributed.py runs it in two processes",
@@ -61,7 +63,10 @@ REASONS = {
     "quant/packed/layers.py": "quant/packed/test_modules.py: every kind of layer",
     "quant/packed/weight.py": "quant/packed/test_modules.py: every width and layout",
     "quant/widths/table.py": "quant/widths/test_rows.py: rows at every width",
+    "report/digits.py": "report/test_table.py, and its examples",
+    "report/summary.py": "report/test_table.py and test_record.py: what is printed",
     "report/text.py": "report/test_page.py: names that steer, in a real browser",
+    "report/worries.py": "report/test_record.py: what is told, and in which order",
 }
 
 

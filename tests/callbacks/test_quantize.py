@@ -353,7 +353,7 @@ def test_batchnorm_follows_weights_rounded_without_data(tmp_path):
 def test_a_disk_that_fills_up_after_the_file_leaves_a_report_of_that_file(tmp_path, monkeypatch):
     """The report stands beside the file before anything else is measured; a later one that fails leaves it whole."""
 
-    def fill(*args):
+    def fill(*args, **kwargs):
         def full(handle):
             raise OSError(28, "No space left on device")
 

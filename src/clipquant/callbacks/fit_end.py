@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from clipquant.callbacks.auto import choose_bits
 from clipquant.callbacks.checkpoint import load_best, logged_name
 from clipquant.callbacks.export import export_files
 from clipquant.callbacks.failures import Failure, Failures
+from clipquant.callbacks.folder import FILE
 from clipquant.callbacks.ladder import Rung, climb_down, data_free_rungs
 from clipquant.callbacks.loggers import log_report
 from clipquant.callbacks.rehearsal import FINDING
@@ -37,8 +39,6 @@ from clipquant.quant.recipe import Recipe
 from clipquant.report.files import write_report
 from clipquant.report.record import Budget, QuantizationReport
 from clipquant.report.table import print_summary
-
-FILE = "model.safetensors"
 
 Quantize = Callable[[Recipe, Any, Calibration | None], QuantizedModel]
 
@@ -82,6 +82,7 @@ class FitEnd:
         told: frozenset[str] = frozenset(),
     ) -> None:
         self.settings, self.trainer, self.folder = settings, trainer, folder
+        self.saved: Path | None = None
         self.quantize, self.failures = quantize, Failures(told_before=told)
 
     def run(self, module: pl.LightningModule) -> Outcome:
@@ -236,10 +237,14 @@ class FitEnd:
         ):
             if self.trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                made.save(path)
+                with (
+                    warnings.catch_warnings()
+                ):  # of a file larger than the floats, which the report says
+                    warnings.simplefilter("ignore", UserWarning)
+                    made.save(path)
                 report = replace(made.report, path=str(path), sha256=read_metadata(path)["sha256"])
                 made = replace(made, report=report)
-            saved = path
+            saved = self.saved = path
         if saved is not None and self.trainer.is_global_zero:
             # What is told of the file stands beside it from now on; what is measured later is added.
             with self.failures.step(

@@ -27,6 +27,7 @@ from clipquant.callbacks.quantize_checks import (
 from clipquant.callbacks.rehearsal import check_mode, is_built, rehearse
 from clipquant.callbacks.road.ranks import from_first, leaving, several
 from clipquant.callbacks.settings import Settings
+from clipquant.callbacks.stopped import checkpoint_of, clear_away, stopped_at_end
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.export import Format
@@ -145,6 +146,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self.report: QuantizationReport | None = None
         self.artifact_path: Path | None = None
         self._folder: Path | None = None
+        self._made: Path | None = None
         self._floats: dict[str, Any] | None = None
         self._rehearsed = True
         self._told: frozenset[str] = frozenset()
@@ -176,6 +178,7 @@ bits='auto' with max_drop or max_size to have it chosen.
                 if self.settings.auto:
                     check_smallest(pl_module, self.settings.goal(trainer, {}))
             if trainer.is_global_zero:
+                self._made = None if self._folder.exists() else self._folder
                 check_writable(self._folder)
         except Exception as found:  # told by every process, or one would train on alone
             error = found
@@ -209,10 +212,13 @@ bits='auto' with max_drop or max_size to have it chosen.
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        clear_away(self._made)
         if not self._ended and trainer.fit_loop.epoch_loop.global_step > 0:
+            kept = checkpoint_of(trainer)
+            resume = f"ckpt_path={kept!r}" if kept else "a checkpoint"
             warn(
                 f"The fit was stopped by {type(exception).__name__}, so nothing was quantized; the "
-                "module holds its float weights. Resume the fit from a checkpoint, or call "
+                f"module holds its float weights. Resume the fit from {resume}, or call "
                 "clipquant.quantize(module).save(path)."
             )
 
@@ -248,6 +254,13 @@ bits='auto' with max_drop or max_size to have it chosen.
         work = FitEnd(self.settings, trainer, folder, lambda *asked: quantize(*asked), self._told)
         try:
             return work.run(pl_module)
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+        ):  # the second is what a nested Trainer makes of the first
+            self.artifact_path = work.saved
+            warn(f"{stopped_at_end(self.settings, trainer, folder, work.saved)}.")
+            raise
         except Exception as error:  # nothing leaves the end of a fit unless it is asked to
             failure = Failure(
                 "quantizing",

@@ -13,6 +13,7 @@ def warn(message: str) -> None:
     The warning has no place in the source: it is the user's settings that matter, and the screen shows the words alone.
 
     >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
     ...     warn("no data")
     >>> print(told[0].filename, told[0].message)
     clipquant no data

@@ -73,6 +73,7 @@ class _Live:
             if time.monotonic() - self.begun < PATIENCE:
                 return
             self.bar = self.make()
+            self.bar.set_description_str(_said(name), refresh=False)
             self.bar.reset(total)
         if self.bar.total != total or done < self.bar.n:
             self.bar.reset(total)
