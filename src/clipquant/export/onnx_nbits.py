@@ -35,7 +35,8 @@ LEAST_BLOCK, BLOCK = (
     128,
 )  # weights that share a scale: what the operator takes; one a channel is repeated
 INT8, FLOAT = 4, 0  # accuracy levels: activations in blocks of int8, or as they are
-_ENOUGH = 0.01  # of the metric, or with none of the outputs' size: more lost, and activations stay in float
+_ENOUGH = 0.002  # of the metric: where int8 loses more, activations stay in float
+_ENOUGH_DISTANCE = 0.05  # of the outputs' size: the same without a metric
 _SAME = 1e-5  # of the largest weight
 
 
@@ -59,7 +60,7 @@ class OnnxNbits(Format):
     calibrates: ClassVar[bool] = True
 
     def write(self, subject: Subject, path: str | Path) -> ExportRecord:
-        """Write the file: activations in int8 where that loses at most a hundredth, else in float.
+        """Write the file: activations in int8 where that loses little, else in float.
 
         A weight takes the operator's own form where it is multiplied as a whole, in float32, and its groups
         are a power of two from 16 on; a channel's one scale is repeated every 128 weights. What is
@@ -78,7 +79,8 @@ class OnnxNbits(Format):
             forward = runner(open_any(data), outputs)
             return subject.judge(forward) if subject.judge else _distance(plain, calls, forward)
 
-        enough = _ENOUGH if subject.max_drop is None or not subject.judge else subject.max_drop
+        enough = _ENOUGH if subject.max_drop is None else subject.max_drop
+        enough = enough if subject.judge else _ENOUGH_DISTANCE
         rewritten = partial(self._rewritten, source, subject.weights)
         data, notes = rewritten(INT8)
         judgement = judged(data)
