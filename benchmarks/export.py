@@ -2,6 +2,8 @@
 
     python benchmarks/export.py twoconv CHECKPOINT     # a state dict of TwoConvNet trained on Fashion-MNIST
     python benchmarks/export.py albert [--folder F]    # see albert.py; F, if rxnmapper is not installed
+    python benchmarks/export.py linear [--layers 8] [--width 2048]    # onnx-nbits beside float, random weights
+    python benchmarks/export.py nbits [CHECKPOINT]     # TwoConvNet the same way
 
 Quantized by round to nearest, which needs no data. Accuracy is that of the 10,000 test images, or of the masked tokens
 of the 257 test reactions of at most 128 tokens. Latencies are medians of 50 interleaved calls on one thread (ten, if a
@@ -28,6 +30,9 @@ from clipquant.export import (
     export_pt2,
     find_example,
 )
+from clipquant.export import Subject as Exported
+from clipquant.export.onnx import Onnx
+from clipquant.export.onnx_nbits import OnnxNbits
 from clipquant.export.parts.sessions import feeds, open_any, runner
 from clipquant.export.parts.timing import interleaved_medians
 from clipquant.quant.quantize import quantize_weights
@@ -154,6 +159,28 @@ def measure(rows, subject, accuracies):
     return right, medians
 
 
+def print_nbits(model, example, bits):
+    """Show what `onnx-nbits` takes beside the same network in float, at batch 1, 8 and 64 on one thread."""
+    print("| bits | bytes | of float, batch 1 | batch 8 | batch 64 | difference | notes |")
+    print("|---:|---:|---:|---:|---:|---:|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for width in bits:
+            weights = quantize_weights(model, Recipe(width))
+            subject = Exported(weights, model, example)
+            record = OnnxNbits(Onnx()).write(subject, Path(folder) / f"{width}.onnx")
+            ratios = " | ".join(f"{timing.ratio:.2f}" for timing in record.timings)
+            said = "; ".join(record.notes)
+            print(f"| {width} | {record.bytes:,} | {ratios} | {record.difference:.1e} | {said} |")
+    print(f"onnxruntime {ort.__version__}, torch {torch.__version__}, 1 thread")
+
+
+def linear(layers, width):
+    """As many linear layers of random weights, with ReLU between."""
+    torch.manual_seed(0)
+    parts = [(torch.nn.Linear(width, width), torch.nn.ReLU()) for _ in range(layers)]
+    return torch.nn.Sequential(*(part for pair in parts for part in pair)).eval()
+
+
 def caller(what, call):
     """Return a function without arguments that runs a module or a session."""
     if isinstance(what, torch.nn.Module):
@@ -178,12 +205,27 @@ def main():
     networks = parser.add_subparsers(dest="network", required=True)
     networks.add_parser("twoconv").add_argument("checkpoint")
     networks.add_parser("albert").add_argument("--folder")
+    wide, small = networks.add_parser("linear"), networks.add_parser("nbits")
+    wide.add_argument("--layers", type=int, default=8)
+    wide.add_argument("--width", type=int, default=2048)
+    small.add_argument("checkpoint", nargs="?")
     for command in networks.choices.values():
         command.add_argument("--bits", type=int, nargs="+", default=[8, 4])
         command.add_argument("--latency", action="store_true", help="without the accuracies")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
+    if args.network == "linear":
+        model = linear(args.layers, args.width)
+        print_nbits(model, Example((torch.randn(2, args.width),)), args.bits)
+        return
+    if args.network == "nbits":
+        model = TwoConvNet().eval()
+        if args.checkpoint:
+            state = torch.load(args.checkpoint, weights_only=True)
+            model.load_state_dict(state.get("state_dict", state))
+        print_nbits(model, Example((torch.randn(2, 1, 28, 28),)), args.bits)
+        return
     subject = albert(args.folder) if args.network == "albert" else twoconv(args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         rows = write_files(subject, args.bits, Path(folder), not args.latency)

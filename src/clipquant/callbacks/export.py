@@ -38,8 +38,8 @@ def check_formats(
     >>> check_formats(["tflite"], 16)
     Traceback (most recent call last):
     ...
-    clipquant.errors.ArgumentError: export must be a list of 'pt2', 'onnx', 'onnx-int8', 'compressed-tensors'; \
-got ['tflite'].
+    clipquant.errors.ArgumentError: export must be a list of 'pt2', 'onnx', 'onnx-int8', 'onnx-nbits', \
+'compressed-tensors'; got ['tflite'].
     """
     try:
         if isinstance(asked, str):

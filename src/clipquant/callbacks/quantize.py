@@ -80,7 +80,8 @@ class QuantizeOnFitEnd(Callback):
         weights: Which weights: those at the end ("last") or ModelCheckpoint's best ("best").
         dirpath: Folder of the file and the report. None: `quantized/` under the log directory.
         export: Further formats to write beside the file: "pt2" (`model.pt2`), "onnx" (`model.onnx`),
-            "onnx-int8" (`model.int8.onnx`), "compressed-tensors" (a folder of that ending), or a format of
+            "onnx-int8" (`model.int8.onnx`), "onnx-nbits" (`model.nbits.onnx`),
+            "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
         on_fail: Whether a missed budget, or a step that fails after training, is an error once all that could
             be done is on disk ("raise"), or a warning that says what was done instead ("warn").

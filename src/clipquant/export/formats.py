@@ -6,11 +6,13 @@ from clipquant.errors import ArgumentError
 from clipquant.export.compressed_tensors import CompressedTensors
 from clipquant.export.onnx import Onnx
 from clipquant.export.onnx_int8 import OnnxInt8
+from clipquant.export.onnx_nbits import OnnxNbits
 from clipquant.export.parts.format import Format
 from clipquant.export.pt2 import Pt2
 
 FORMATS: dict[str, Format] = {
-    known.name: known for known in (Pt2(), Onnx(), OnnxInt8(), CompressedTensors())
+    known.name: known
+    for known in (Pt2(), Onnx(), OnnxInt8(), OnnxNbits(Onnx()), CompressedTensors())
 }
 
 

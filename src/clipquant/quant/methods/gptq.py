@@ -107,7 +107,7 @@ class _Rows:
     Args:
         shown: On the inputs that codes are fitted to.
         apart: On inputs held apart, where there are any.
-        noise: Share of H that is chance.
+        noise: Share of H that is chance: by how its pieces differ, and by columns against samples.
     """
 
     shown: OutputError
@@ -118,7 +118,9 @@ class _Rows:
     def of(cls, moments: Moments, group: int, centred: bool) -> _Rows:
         apart = moments.apart
         held = None if apart is None else output_error_of(apart, group, centred)
-        return cls(output_error_of(moments, group, centred), held, moments.noise)
+        columns = moments.hessian.shape[-1]
+        few = columns / (columns + moments.count)
+        return cls(output_error_of(moments, group, centred), held, max(moments.noise, few))
 
     def best(self, matrix: Tensor, spec: QuantSpec, fitted: Coded) -> tuple[Coded, bool]:
         """Return the codes fitted, but for rows that the weights' own range or plain rounding serve better.
