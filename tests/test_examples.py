@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from clipquant import TwoConvNet, load_quantized
 from clipquant.artifact import read_artifact
 from clipquant.cli import main
-from clipquant.quant.methods import METHODS, AdaRound, Distill
+from clipquant.quant.methods import METHODS, AdaRound, Distill, Mse
 from clipquant.quant.widths.rows import RowGptq
 from clipquant.reference import MNIST5k
 from clipquant.reference.fashion_mnist import DEBIAN_FOLDER
@@ -61,7 +61,7 @@ def test_example_runs_and_leaves_a_whole_file(path, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("clipquant.quant.widths.allocator.ROWS", quick)
     # Likewise few of the steps that learn codes at 4 bits.
     monkeypatch.setitem(METHODS, "adaround", AdaRound(steps=12))
-    monkeypatch.setitem(METHODS, "distill", Distill(steps=4))
+    monkeypatch.setitem(METHODS, "distill", Distill(steps=4, start=Mse()))
     artifact, metrics = run(path, tmp_path)
     assert main(["verify", str(artifact)]) == 0
     assert {"val_loss", "val_acc", "grad_norm"} <= set(metrics)

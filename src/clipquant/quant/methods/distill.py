@@ -67,7 +67,7 @@ class Distill(Method):
     clipquant.errors.ArgumentError: steps must be a whole number, 1 or more; got 0.
     """
 
-    steps: int = 400
+    steps: int = 200
     seconds: float | None = None
     rate: float = 0.006
     patience: int = 8
