@@ -63,6 +63,20 @@ def test_what_cannot_be_is_told_without_a_traceback(artifact, tmp_path, monkeypa
     assert "ends in neither .onnx nor .pt2" in capsys.readouterr().err
 
 
+def test_inputs_of_another_shape_and_another_architecture_are_told_in_one_line(
+    artifact, tmp_path, capsys
+):
+    np.save(tmp_path / "flat.npy", np.zeros((3, 784), np.float32))
+    assert export(artifact, "--format", "onnx", "--inputs", str(tmp_path / "flat.npy")) == 1
+    error = capsys.readouterr().err
+    assert "does not fit TwoConvNet.forward: it holds (3, 784)" in error
+    assert len(error.strip().splitlines()) == 1
+    assert export(artifact, "--format", "onnx", "--model-args", '{"classes": 7}') == 1
+    assert "cannot be built" in capsys.readouterr().err
+    assert export(artifact, "--format", "onnx", "--model-args", '{"num_classes": 7}') == 1
+    assert "fc2.weight is (10, 128) in the file, (7, 128) in the model" in capsys.readouterr().err
+
+
 def test_a_missing_and_a_damaged_artifact_are_told(artifact, tmp_path, capsys):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(artifact.read_bytes()[:100])

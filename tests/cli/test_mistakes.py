@@ -88,6 +88,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys, text):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert len(lines[0]) < 300
+    assert text is not None or f"there is no file '{path}'" in lines[0]
 
 
 def test_what_is_not_known_keeps_its_own_deepest_line():

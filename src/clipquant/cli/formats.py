@@ -14,6 +14,7 @@ from clipquant.errors import ArgumentError
 
 if TYPE_CHECKING:
     from clipquant.export import Format, Subject
+    from clipquant.export.example import Example
     from clipquant.quant.codes.weights import QuantizedWeights
 
 
@@ -36,7 +37,7 @@ def export_artifact(args: argparse.Namespace) -> int:
 def _subject(chosen: Format, args: argparse.Namespace, weights: QuantizedWeights) -> Subject:
     """Return what the format is given: the weights, and a model and calls of it where it takes them."""
     from clipquant.artifact import load_state
-    from clipquant.export import Subject, as_example, find_example
+    from clipquant.export import Subject, as_example
 
     if not chosen.traces:
         return Subject(weights)
@@ -44,10 +45,14 @@ def _subject(chosen: Format, args: argparse.Namespace, weights: QuantizedWeights
         raise CommandError(
             f"{chosen.name} is traced from the model: pass its class as --model package.module:Class."
         )
-    model = _named(args.model, "--model")(**json.loads(args.model_args))
+    model = _built(args.model, args.model_args)
     load_state(model, weights.state_dict(), str(args.file))  # says what does not fit
     inputs = _read_inputs(args.inputs) if args.inputs else None
-    example = find_example(model) if inputs is None else as_example(inputs)
+    if inputs is None:
+        example = _found_example(model)
+    else:
+        example = as_example(inputs)
+        _check_inputs(model, example, args.inputs)
     if not chosen.calibrates:
         return Subject(weights, model, example)
     if inputs is None:
@@ -57,6 +62,42 @@ def _subject(chosen: Format, args: argparse.Namespace, weights: QuantizedWeights
         )
     batches = [example.rows(i, i + 32) for i in range(0, example.batch_size or 1, 32)]
     return Subject(weights, model, batches[0], calibration=batches)
+
+
+def _built(name: str, arguments: str) -> Any:
+    """Return the model that `--model` and `--model-args` describe."""
+    made = _named(name, "--model")
+    try:
+        return made(**json.loads(arguments))
+    except (TypeError, ValueError) as error:
+        raise CommandError(
+            f"{name} cannot be built with --model-args {arguments!r}: {error}. Pass its arguments as a JSON object."
+        ) from error
+
+
+def _found_example(model: Any) -> Example:
+    from clipquant.export import find_example
+    from clipquant.export.example import ExportError
+
+    try:
+        return find_example(model)
+    except ExportError as error:
+        raise CommandError(
+            f"{error} Or pass --inputs FILE.npy or .npz with real inputs."
+        ) from error
+
+
+def _check_inputs(model: Any, example: Example, path: str) -> None:
+    """Raise unless the model runs on the first rows of what `--inputs` holds."""
+    try:
+        example.rows(0, 2).run(model.eval())
+    except Exception as error:  # whatever a forward may raise
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in example.tensors)
+        said = str(error).splitlines() or [type(error).__name__]
+        raise CommandError(
+            f"--inputs {path!r} does not fit {type(model).__name__}.forward: it holds {shapes}; {said[0]}. Save the "
+            "arrays as forward takes them, the batch first; an .npz names them by forward's arguments."
+        ) from error
 
 
 def _named(name: str, option: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_NO_FILE = re.compile(r"File does not exist: '?([^'\n]+)")
 _UNKNOWN_KEY = re.compile(r"Subcommand '(\w+)' does not accept option '([^']+)'")
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
 _NO_NAME = re.compile(r"(?:module|type object) '([^']+)' has no attribute '([^']+)'")
@@ -35,11 +36,20 @@ def told(message: str) -> str:
     ...         Option 'nbits' is not accepted''')
     "QuantizeOnFitEnd has no option 'nbits'. Did you mean 'bits'?"
     """
-    for kind in (_of_option, _of_class, _of_key, _of_module, _of_value):
+    for kind in (_of_file, _of_option, _of_class, _of_key, _of_module, _of_value):
         line = kind(message)
         if line:
             return line
     return " ".join(message.split()) if len(message) <= 200 else _deepest(message.splitlines())
+
+
+def _of_file(message: str) -> str:
+    found = _NO_FILE.search(message)
+    return (
+        f"there is no file {found[1]!r}. Pass the path of a YAML file: --config FILE."
+        if found
+        else ""
+    )
 
 
 def _of_option(message: str) -> str:
