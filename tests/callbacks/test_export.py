@@ -66,7 +66,8 @@ def loader():
 
 
 def fit(model, tmp_path, **arguments):
-    callback = QuantizeOnFitEnd(dirpath=tmp_path, monitor="val_acc", mode="max", **arguments)
+    arguments = {"monitor": "val_acc", "mode": "max"} | arguments
+    callback = QuantizeOnFitEnd(dirpath=tmp_path, **arguments)
     trainer = pl.Trainer(max_epochs=1, callbacks=[callback], default_root_dir=tmp_path, **QUIET)
     trainer.fit(model, loader(), loader())
     return callback
@@ -162,6 +163,31 @@ def test_steps_that_go_around_forward_are_judged_by_distance(tmp_path):
     assert record["metrics"] == {}
     assert "judged by the distance" in record["notes"][-2]
     assert "validation_step does not call self(...)" in record["notes"][-1]
+
+
+class Keywords(Net):
+    """Its step gives forward the labels too, by name, and takes the loss from a dict: transformers' form."""
+
+    def forward(self, *, pixels, labels=None):
+        logits = super().forward(pixels)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits} if labels is not None else {"logits": logits}
+
+    def training_step(self, batch, _):
+        return self(pixels=batch[0], labels=batch[1])["loss"]
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self(pixels=batch[0], labels=batch[1])["loss"])
+
+
+def test_int8_of_a_step_that_gives_labels_by_name_is_judged_by_its_outputs(tmp_path):
+    quantizer = fit(Keywords(), tmp_path, export=["onnx-int8"], monitor="val_loss", mode="min")
+    (record,) = quantizer.report.exports
+    assert record["error"] is None
+    assert any("validation_step gives forward labels too" in note for note in record["notes"])
+    session = ort.InferenceSession(str(tmp_path / "model.int8.onnx"))
+    assert [given.name for given in session.get_inputs()] == ["pixels"]
+    assert [given.name for given in session.get_outputs()] == ["logits"]
 
 
 @pytest.mark.parametrize("formats", [["onnx"], ["onnx-int8"]])

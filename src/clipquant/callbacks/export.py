@@ -126,6 +126,15 @@ class _Source:
             find_example(self.road.guest, batch, own=False, call=call)
             for batch, call in zip(batches, seen, strict=True)
         ]
+        beside = _left_out(seen, calls)
+        if judge_forward is not None and beside:
+            judge_forward, unjudged = (
+                None,
+                (
+                    f"validation_step gives forward {beside} too, which the exported file does not take: judged by its "
+                    "outputs, not by a metric"
+                ),
+            )
         return (
             replace(traced, calibration=calls, judge=judge_forward, max_drop=self.max_drop),
             unjudged,
@@ -134,6 +143,19 @@ class _Source:
     @cached_property
     def example(self) -> Example:
         return find_call(self.road, self.found)
+
+
+def _left_out(seen: Sequence[Example | None], calls: Sequence[Example]) -> str:
+    """Return the keywords, such as labels, that a step gives forward and the exported calls do not."""
+    pairs = zip(seen, calls, strict=True)
+    names = (
+        name
+        for was, call in pairs
+        if was is not None
+        for name in was.kwargs
+        if name not in call.kwargs
+    )
+    return ", ".join(dict.fromkeys(names))
 
 
 def find_call(road: Road, found: Found | None) -> Example:
