@@ -57,6 +57,8 @@ def test_every_stage_is_shown_and_nothing_stays(kind: Any, monkeypatch: Any, cap
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     monkeypatch.setattr(progress, "is_live", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
+    # A console of its own: what an interrupted fit of another test left live on rich's one would hide this.
+    monkeypatch.setattr("rich._console", None)
     before = Own.made
     told(kind())
     shown = "".join(capsys.readouterr())

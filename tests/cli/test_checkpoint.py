@@ -29,7 +29,7 @@ def config(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_file_is_the_one_of_the_fits_end_and_nothing_is_trained(tmp_path, config):
-    path = config("{class_path: QuantizeOnFitEnd, init_args: {bits: 4}}")
+    path = config("{class_path: QuantizeOnFitEnd, init_args: {bits: 8}}")
     assert main(["fit", "--config", path]) == 0
     (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
     assert main(["quantize", "--config", path, "--ckpt_path", str(checkpoint)]) == 0

@@ -114,4 +114,4 @@ def test_every_command_has_its_own_help(command, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert cli.COMMANDS[command].help in said
     if command == "export":
-        assert "pt2, onnx, onnx-int8, compressed-tensors" in said
+        assert "pt2, onnx, onnx-int8, onnx-nbits, compressed-tensors" in said
