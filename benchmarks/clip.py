@@ -1,4 +1,4 @@
-"""What clipping costs beside torch, timm and Composer: the table in README's section on gradient clipping.
+"""What clipping costs beside torch, timm and Composer: the table in benchmarks/README.md.
 
 Usage: python benchmarks/clip.py [--only value norm step agc fit]. Every row is one interleaved run: all contenders
 start from the same gradients in every round, their order is shuffled, and the medians are compared.

@@ -1,4 +1,4 @@
-"""What each export of a trained network weighs, gets right and takes: the tables in README's Deploy section.
+"""What each export of a trained network weighs, gets right and takes: the tables in benchmarks/README.md.
 
     python benchmarks/export.py twoconv CHECKPOINT     # a state dict of TwoConvNet trained on Fashion-MNIST
     python benchmarks/export.py albert [--folder F]    # see albert.py; F, if rxnmapper is not installed

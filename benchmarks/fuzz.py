@@ -5,7 +5,7 @@
 Every made-up file comes from a real one of either version: parts of its header, its metadata, its table or its
 bytes are replaced, left out, swapped, doubled or grown, and its digests are computed anew, so that what is
 behind them is reached. Those that load become the start of others. Whatever is called must return or raise
-ArtifactError. The last lines are the table of the README.
+ArtifactError. The last lines are the table of benchmarks/README.md.
 """
 
 from __future__ import annotations
