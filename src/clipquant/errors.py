@@ -36,3 +36,12 @@ class MissingFileError(PlaceError, FileNotFoundError):
 
 class MissingPackageError(ClipquantError, ModuleNotFoundError):
     """A package that is not installed here, with the command that brings it."""
+
+
+def how_to_install(extra: str) -> str:
+    """Return the command that brings an extra, for an installed package and for a checkout.
+
+    >>> how_to_install("onnx")
+    "pip install 'clipquant[onnx]', or from a checkout: pip install -c constraints.txt -e '.[onnx]'."
+    """
+    return f"pip install 'clipquant[{extra}]', or from a checkout: pip install -c constraints.txt -e '.[{extra}]'."

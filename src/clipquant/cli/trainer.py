@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clipquant.cli.command import CommandError, UsageError
 from clipquant.cli.mistakes import told
+from clipquant.errors import how_to_install
 
 TRAINER_COMMANDS = {
     "fit": "train the model of a YAML file: clipquant fit --config FILE",
@@ -26,8 +27,7 @@ def run_trainer(args: Sequence[str]) -> int:
     """Run one of Lightning's commands, with this package's classes known by their short names."""
     if find_spec("jsonargparse") is None or find_spec("docstring_parser") is None:
         raise CommandError(
-            f"clipquant {args[0]} needs jsonargparse[signatures]: pip install 'clipquant[cli]', "
-            "or from a checkout: pip install -c constraints.txt -e '.[cli]'."
+            f"clipquant {args[0]} needs jsonargparse[signatures]: {how_to_install('cli')}"
         )
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

