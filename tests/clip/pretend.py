@@ -21,9 +21,14 @@ class Remote(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor, requires_grad: bool = False) -> Remote:
-        return Tensor._make_wrapper_subclass(  # type: ignore[no-any-return, attr-defined]
-            cls, held.shape, held.stride(), dtype=held.dtype, device=DEVICE, requires_grad=requires_grad
+    def __new__(cls, held: Tensor, requires_grad: bool = False) -> Any:
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            held.shape,
+            held.stride(),
+            dtype=held.dtype,
+            device=DEVICE,
+            requires_grad=requires_grad,
         )
 
     def __init__(self, held: Tensor, requires_grad: bool = False) -> None:

@@ -168,10 +168,10 @@ def _clip_remotely_(
     if skip_above is None and on_nonfinite == "skip":
         record, norms = clip_remote_(job, measure, defer, skips=True)
         if norms is not None and bool(norms.isfinite().all()):
-            return record
+            return record.without_skip()
         known = record.read()[0]
         if not known.skipped:
-            return known if record.coefficient is None else record
+            return known if record.coefficient is None else record.without_skip()
         return _without_gradients_(replace(known, state=dict(job.state)), job.assignment.params)
     norms = (unread_norms(job.grads.tensors, job.order) / job.grads.loss_scale).to("cpu")
     looked = replace(job, grads=job.grads.with_norms(Measured(norms, job.order)))
@@ -179,7 +179,8 @@ def _clip_remotely_(
     nonfinite, left, ending = _look_(looked, policy, skip_above)
     if ending is not None:
         return ending
-    record, _ = clip_remote_(left, measure, defer, skips=False)
+    looks = None if nonfinite else norms
+    record, _ = clip_remote_(left, measure, defer, skips=False, looked=looks)
     return record if not nonfinite else replace(record.read()[0], nonfinite=nonfinite)
 
 

@@ -58,7 +58,7 @@ class _Found:
 
 
 def clip_remote_(
-    job: Job, measure: bool, defer: bool, skips: bool
+    job: Job, measure: bool, defer: bool, skips: bool, looked: Tensor | None = None
 ) -> tuple[UnreadRecord, Tensor | None]:
     """Clip by each part's rule; nothing is read but the norms, once, where an adaptive rule has to know them.
 
@@ -67,6 +67,7 @@ def clip_remote_(
         measure: Whether to measure norms after clipping that do not follow from those before.
         defer: Whether a coefficient for all gradients is left to the caller.
         skips: Whether the step is left out where a gradient is not finite.
+        looked: Norms of all gradients on the CPU, where they were read before.
 
     Returns:
         What was done, unread; and the norms of all gradients on the CPU, where they were read.
@@ -74,7 +75,7 @@ def clip_remote_(
     grads, order = job.grads, job.order
     before = now = unread_norms(grads.tensors, order) / grads.loss_scale
     clipped = torch.zeros((), dtype=torch.bool, device=before.device)
-    looked, state = None, job.state
+    state = job.state
     found = _Found(clipped)
     seen: set[int] = set()
     parts = list(job.parts())

@@ -58,6 +58,11 @@ class UnreadRecord(ClipRecord):
         """Whether the figures were read already."""
         return self._host is not None
 
+    def without_skip(self) -> UnreadRecord:
+        """Return the record of a step that is known to be taken."""
+        vars(self)["skips"] = False
+        return self
+
     def read(self, more: Sequence[Tensor] = ()) -> tuple[ClipRecord, Tensor]:
         """Return the record with all figures, and the values of other vectors that were read on the way."""
         before, after, share = self._parts
