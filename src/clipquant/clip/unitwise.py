@@ -200,10 +200,12 @@ def _norms_of_grads(
 ) -> Tensor:
     """Return the norm of each gradient from those of its units."""
     if not units:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     home = units[0][1].device
     owners, sizes = zip(*(owner for own, _ in units for owner in own), strict=True)
-    owner_of_unit = torch.tensor(owners).repeat_interleave(torch.tensor(sizes))
+    owner_of_unit = torch.tensor(owners, device="cpu").repeat_interleave(
+        torch.tensor(sizes, device="cpu")
+    )
     norms = torch.cat([norms.to(home) for _, norms in units])
     return norms_of_owners(norms, owner_of_unit.to(home), count)
 
