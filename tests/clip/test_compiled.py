@@ -1,0 +1,110 @@
+"""Compiled modules and compiled optimizer steps train as others do, clipped or not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipquant import GradientClipCallback
+from clipquant.clip import AGC, Norm, Value
+
+
+class Net(pl.LightningModule):
+    def __init__(self, fused: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.fused = fused
+        self.steps_compiled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self(batch[0]).square().sum() * 50
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, fused=self.fused)
+        if self.steps_compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        return optimizer
+
+    def train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        data = torch.utils.data.TensorDataset(torch.randn(6, 3, generator=generator))
+        return torch.utils.data.DataLoader(data, 2)
+
+
+def fit(module: Any, rule: Any) -> tuple[list[Tensor], GradientClipCallback]:
+    callback = GradientClipCallback(rule)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    own = getattr(module, "_orig_mod", module)
+    return [p.detach().clone() for p in own.parameters()], callback
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("what", "rule"),
+    [
+        ("module", Value(0.1)),
+        ("module", Norm(0.5)),
+        ("submodule", AGC(0.05)),
+        ("step", Norm(0.5)),
+        ("fused step", Norm(0.5)),
+    ],
+)
+def test_what_is_compiled_is_clipped_as_what_is_not(what: str, rule: Any) -> None:
+    plain = Net(fused=what == "fused step")
+    compiled: Any = copy.deepcopy(plain)
+    if what == "module":
+        compiled = torch.compile(compiled, backend="eager")
+    elif what == "submodule":
+        compiled.body = torch.compile(compiled.body, backend="eager")
+    else:
+        compiled.steps_compiled = True
+    ours, callback = fit(compiled, rule)
+    theirs, reference = fit(plain, rule)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    record, other = callback.record, reference.record
+    assert record is not None
+    assert other is not None
+    assert record.clipped
+    assert record.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    assert record.names == ("body.weight", "body.bias", "head.weight", "head.bias")
+    assert record.deferred is None or what in ("module", "submodule", "fused step")
+
+
+def test_clipping_itself_inside_a_compiled_function() -> None:
+    from clipquant.clip import clip_gradients_
+
+    weight = nn.Parameter(torch.zeros(2))
+
+    @torch.compile(backend="eager")
+    def step(grad: Tensor) -> Tensor:
+        weight.grad = grad * 1.0
+        clip_gradients_([weight], Value(1.0))
+        return weight.grad
+
+    assert step(torch.tensor([3.0, 0.5])).tolist() == [1.0, 0.5]
