@@ -72,8 +72,7 @@ def _worries(report: QuantizationReport) -> str:
 
 def _tiles(report: QuantizationReport) -> list[str]:
     """Return the figures at the top: each metric on the same batches, size, ratio, width, time."""
-    names = sorted(report.float_metrics, key=lambda name: name != report.monitor)
-    tiles = [_metric_tile(report, name) for name in names[:6]]
+    tiles = [_metric_tile(report, name) for name in report.metric_names[:6]]
     tiles += [
         _tile(
             "size of the file",
@@ -91,7 +90,9 @@ def _tiles(report: QuantizationReport) -> list[str]:
 
 
 def _metric_tile(report: QuantizationReport, name: str) -> str:
-    before, after = pair(report.float_metrics[name], report.quantized_metrics.get(name, math.nan))
+    before, after = pair(
+        report.float_metrics.get(name, math.nan), report.quantized_metrics.get(name, math.nan)
+    )
     return _tile(name, after, f"float {before}, same batches")
 
 
