@@ -114,7 +114,8 @@ def _solved_few(goal: Tensor, r: Tensor, d: Tensor) -> Tensor:
     some = r.double() / d.sqrt()
     inner = (some @ some.T).add_(torch.eye(len(r), dtype=some.dtype, device=r.device))
     off = torch.cholesky_solve((wide @ r.double().T).T, _factor(inner)).T
-    return wide.sub_((off @ r.double()).div_(d)).to(goal.dtype)
+    wanted: Tensor = wide - (off @ r.double()) / d
+    return wanted.to(goal.dtype)
 
 
 def _blocks(columns: int) -> Sequence[tuple[int, int]]:
