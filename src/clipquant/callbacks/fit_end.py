@@ -31,7 +31,7 @@ from clipquant.callbacks.road.judge import judge
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.screen import display
 from clipquant.callbacks.settings import Settings
-from clipquant.callbacks.takeover import SAID, take_from_checkpoint_
+from clipquant.callbacks.takeover import SAID, no_grids, take_from_checkpoint_
 from clipquant.callbacks.watch import Watch
 from clipquant.model import QuantizedModel
 from clipquant.quant.codes.trained import TrainedGrid
@@ -128,14 +128,7 @@ class FitEnd:
         recipe = replace(self.settings.recipe, trained=trained)
         self.settings = replace(self.settings, recipe=recipe)
         if not trained:
-            self.failures.add_(
-                Failure(
-                    "taking over trained grids",
-                    "the best checkpoint was written before the training was quantized",
-                    f"its float weights are quantized by method={recipe.method!r}",
-                    "Use weights='last', or start=0 in QuantizationAwareTraining.",
-                )
-            )
+            self.failures.add_(no_grids(recipe.method))
 
     def _judged(
         self, road: Road, state: Mapping[str, Tensor] | None, which: str

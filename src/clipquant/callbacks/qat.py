@@ -99,7 +99,11 @@ class QuantizationAwareTraining(Callback):
         self.learn_scale = bool(learn_scale)
         self.distill = as_weight(distill)
         self.trained: Mapping[str, TrainedGrid] = {}
-        self._forget_()
+        self._grids: dict[str, LearnedGrid] = {}
+        self._steps: GridSteps | None = None
+        self._tutor: Tutor | None = None
+        self._loaded: dict[str, Any] = {}
+        self._peaks: dict[str, float] = {}  # index of an optimizer -> its largest rate so far
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, before any training, what cannot be trained."""
@@ -248,7 +252,7 @@ class QuantizationAwareTraining(Callback):
         if self._tutor is not None:
             self._tutor.attach_(pl_module)
         if is_compiled(pl_module):
-            torch.compiler.reset()  # type: ignore[no-untyped-call] # what was compiled reads the weights themselves
+            torch.compiler.reset()  # what was compiled reads the weights themselves
 
     def _tutor_of(self, pl_module: pl.LightningModule) -> Tutor:
         if is_compiled(pl_module):
@@ -274,13 +278,10 @@ class QuantizationAwareTraining(Callback):
         return scale / max(trainer.accumulate_grad_batches, 1)
 
     def _forget_(self) -> None:
-        self._grids: dict[str, LearnedGrid] = {}
-        self._steps: GridSteps | None = None
-        if getattr(self, "_tutor", None) is not None:
-            self._tutor.detach_()  # type: ignore[union-attr]
-        self._tutor: Tutor | None = None
-        self._loaded: dict[str, Any] = {}
-        self._peaks: dict[str, float] = {}
+        if self._tutor is not None:
+            self._tutor.detach_()
+        self._grids, self._steps, self._tutor = {}, None, None
+        self._loaded, self._peaks = {}, {}
 
 
 def hold_trained_(module: torch.nn.Module, trained: Mapping[str, TrainedGrid]) -> None:

@@ -93,7 +93,9 @@ nothing would be left.
         settings_of(self)  # checks that start is not behind stop
         self._loaded: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
-        self._forget_()
+        self._masks: Masks = {}
+        self._scores = Scores(by)
+        self._done = 0
 
     @property
     def state_key(self) -> str:
@@ -251,6 +253,4 @@ nothing would be left.
         self._handles = []
 
     def _forget_(self) -> None:
-        self._masks: Masks = {}
-        self._scores: Scores = Scores(self.by)
-        self._done = 0
+        self._masks, self._scores, self._done = {}, Scores(self.by), 0

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from clipquant.callbacks.failures import Failure
 from clipquant.callbacks.qat import QuantizationAwareTraining, hold_trained_
 from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.training.learned_grid import LearnedGrid
@@ -49,3 +50,13 @@ def take_from_checkpoint_(
             trained[name] = LearnedGrid.from_state_dict(grid, False, torch.device("cpu")).now()
     hold_trained_(module, trained)
     return trained
+
+
+def no_grids(method: object) -> Failure:
+    """Return what is told where the best checkpoint is of before the training was quantized."""
+    return Failure(
+        "taking over trained grids",
+        "the best checkpoint was written before the training was quantized",
+        f"its float weights are quantized by method={method!r}",
+        "Use weights='last', or start=0 in QuantizationAwareTraining.",
+    )
