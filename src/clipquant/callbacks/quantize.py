@@ -28,6 +28,7 @@ from clipquant.callbacks.rehearsal import check_mode, is_built, rehearse
 from clipquant.callbacks.road.ranks import from_first, leaving, several
 from clipquant.callbacks.settings import Settings
 from clipquant.callbacks.stopped import checkpoint_of, clear_away, stopped_at_end
+from clipquant.callbacks.takeover import finish_training
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.export import Format
@@ -152,6 +153,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = True
         self._told: frozenset[str] = frozenset()
         self._ended = False
+        self._asked = self.settings  # and what training has left
         self._token = register(self)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -226,6 +228,7 @@ bits='auto' with max_drop or max_size to have it chosen.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize, judge, write, and only then load the dequantized weights into the module."""
         self._ended = True
+        self._asked = self.settings.taking_over(finish_training(trainer, pl_module))
         if trainer.global_step == 0:
             warn("No optimizer step was taken: QuantizeOnFitEnd quantizes weights as given.")
         self._take_floats_(trainer, pl_module)
@@ -252,7 +255,7 @@ bits='auto' with max_drop or max_size to have it chosen.
     def _outcome(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
         """Return what came of the fit's end; an Outcome that says why where nothing did."""
         folder = self._folder or folder_of(trainer, self, _quantizers(trainer))
-        work = FitEnd(self.settings, trainer, folder, lambda *asked: quantize(*asked), self._told)
+        work = FitEnd(self._asked, trainer, folder, lambda *asked: quantize(*asked), self._told)
         try:
             return work.run(pl_module)
         except (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from clipquant.callbacks.watch import Watch, watch
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits
+from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.recipe import Recipe
 from clipquant.report.record import Budget, QuantizationReport, Trial
 
@@ -54,6 +56,12 @@ class Settings:
         """The run's seed, where one was set."""
         seed = os.environ.get("PL_GLOBAL_SEED")
         return int(seed) if seed else None
+
+    def taking_over(self, trained: Mapping[str, TrainedGrid]) -> Settings:
+        """Return the same settings, with the grids that training has left."""
+        if not trained:
+            return self
+        return replace(self, recipe=replace(self.recipe, trained=trained))
 
     def wants_data(self, module: nn.Module) -> bool:
         """Return whether batches make a difference."""
