@@ -14,6 +14,7 @@ from clipquant.callbacks.watch import Watch, watch
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits
+from clipquant.quant.codes.coding import Coding
 from clipquant.quant.recipe import Recipe
 from clipquant.report.record import Budget, QuantizationReport, Trial
 
@@ -32,6 +33,7 @@ class Settings:
         mode: Which way it is better.
         weights: "last" or "best".
         export: Further formats.
+        coding: How the file holds codes.
     """
 
     recipe: Recipe
@@ -43,6 +45,7 @@ class Settings:
     mode: str | None
     weights: str
     export: tuple[Format, ...]
+    coding: Coding = "dense"
 
     @property
     def plain(self) -> Recipe:
@@ -76,7 +79,8 @@ class Settings:
     def goal(self, trainer: pl.Trainer, natures: Natures) -> AutoBits:
         """Return the budgets, and the metric that judges."""
         by = self.watch(trainer, natures)
-        return AutoBits(self.max_drop, self.max_size, by.name, by.mode or "min", self.recipe)
+        mode = by.mode or "min"
+        return AutoBits(self.max_drop, self.max_size, by.name, mode, self.recipe, self.coding)
 
     def line(self, path: str = "model.safetensors") -> str:
         """Return the line of code that quantizes the module later."""
