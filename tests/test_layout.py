@@ -65,7 +65,6 @@ REASONS = {
     "quant/widths/table.py": "quant/widths/test_rows.py: rows at every width",
     "report/digits.py": "report/test_table.py, and its examples",
     "report/summary.py": "report/test_table.py and test_record.py: what is printed",
-    "report/text.py": "report/test_page.py: names that steer, in a real browser",
     "report/worries.py": "report/test_record.py: what is told, and in which order",
 }
 

@@ -184,6 +184,12 @@ class QuantizationReport:
         return None if before is None or after is None else drop_of(before, after, self.mode)
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics, the one that judges first and the others by name."""
+        known = {*self.float_metrics, *self.quantized_metrics}
+        return tuple(sorted(known, key=lambda name: (name != self.monitor, name)))
+
+    @property
     def harmed(self) -> tuple[str, ...]:
         """Names of the weights whose rounding likely harms the network, whatever a metric says."""
         return tuple(layer.name for layer in self.layers if layer.note.startswith(HARMED))
