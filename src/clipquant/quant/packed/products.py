@@ -132,7 +132,8 @@ def _joined(digits: Tensor, rows: int) -> Tensor:
 def _times(digits: Tensor, codes: Tensor) -> Tensor:
     """Return `digits @ codes.T` in whole numbers."""
     if len(digits) > _FEW:
-        return torch._int_mm(digits, codes.T)
+        sums: Tensor = torch._int_mm(digits, codes.T)
+        return sums
     return torch.cat([torch._int_mm(row, codes.T) for row in digits.split(1)])
 
 
