@@ -100,6 +100,7 @@ def _plan_few(error: OutputError, inputs: Tensor) -> Walk:
 
 
 def _factor(matrix: Tensor) -> Tensor:
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(matrix)
     if info.any():
         raise ArgumentError(
