@@ -23,6 +23,8 @@ SHORT = [
     "--trainer.limit_train_batches=8",
     "--trainer.limit_val_batches=1",
     "--trainer.log_every_n_steps=1",
+    "--data.batch_size=16",
+    "--data.eval_batch_size=50",
 ]
 WHOLE = {
     "quickstart": ["--trainer.max_epochs=1"],

@@ -31,8 +31,10 @@ from clipquant.callbacks.road.judge import judge
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.screen import display
 from clipquant.callbacks.settings import Settings
+from clipquant.callbacks.takeover import SAID, no_grids, take_from_checkpoint_
 from clipquant.callbacks.watch import Watch
 from clipquant.model import QuantizedModel
+from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.state import kept, seeded
 from clipquant.quant.recipe import Recipe
@@ -99,7 +101,7 @@ class FitEnd:
             rungs = list(self._rungs(road, found, before))
             made = climb_down(rungs, road.guest, self.failures, self.settings.line)
             if made is not None:
-                made = self._reported(road, made, before)
+                made = self._reported(road, self._coded(made), before)
                 made, path = self._saved(made)
                 made = self._completed(road, found, made, path)
         if made is not None:
@@ -116,7 +118,17 @@ class FitEnd:
                 "the weights at the end of the fit are quantized",
                 "clipquant.quantize(Net.load_from_checkpoint(path)) quantizes it later.",
             ):
-                load_best(self.trainer, road.guest, self.settings.watch(self.trainer, {}).name)
+                name = self.settings.watch(self.trainer, {}).name
+                checkpoint = load_best(self.trainer, road.guest, name)
+                if self.settings.recipe.trained:
+                    self._take_grids_(take_from_checkpoint_(road.guest, checkpoint))
+
+    def _take_grids_(self, trained: Mapping[str, TrainedGrid]) -> None:
+        """Take the best checkpoint's grids; one of before the training was quantized has none."""
+        recipe = replace(self.settings.recipe, trained=trained)
+        self.settings = replace(self.settings, recipe=recipe)
+        if not trained:
+            self.failures.add_(no_grids(recipe.method))
 
     def _judged(
         self, road: Road, state: Mapping[str, Tensor] | None, which: str
@@ -155,6 +167,11 @@ class FitEnd:
         if found is not None and settings.wants_data(guest):
             data = Calibration(found.batches, run_prepared, road.tell, loop=loop_on(found.on(road)))
         rungs: list[Rung] = []
+        if recipe.trained and data is None:
+            return [
+                Rung("taking over trained grids", lambda: self._taken(road)),
+                *data_free_rungs(settings, guest, self.quantize),
+            ]
         if settings.auto:
             rungs = [] if found is None else self._by_budgets(road, found, before)
         elif data is not None:
@@ -166,6 +183,9 @@ class FitEnd:
                 )
             )
         return rungs + data_free_rungs(settings, guest, self.quantize)
+
+    def _taken(self, road: Road) -> QuantizedModel:
+        return self.quantize(self.settings.recipe, road.guest, None).reported(calibration=SAID)
 
     def _by_budgets(self, road: Road, found: Found, before: Mapping[str, float]) -> list[Rung]:
         """Return the ways that search: by all budgets where they can be judged, then by the size alone."""
@@ -197,6 +217,18 @@ class FitEnd:
                 Rung(what, lambda: _missing(choose_bits(road, alone, found, {}, road.tell), given))
             )
         return rungs
+
+    def _coded(self, made: QuantizedModel) -> QuantizedModel:
+        """Return a model whose file holds codes as was asked."""
+        if self.settings.coding == "dense":
+            return made
+        with self.failures.step(
+            "entropy coding",
+            "the file holds dense codes",
+            "load_quantized and QuantizedModel.save(path, coding='entropy') make it smaller later.",
+        ):
+            return made.coded(self.settings.coding)
+        return made
 
     def _reported(
         self, road: Road, made: QuantizedModel, before: Mapping[str, float]

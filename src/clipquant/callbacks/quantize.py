@@ -28,6 +28,7 @@ from clipquant.callbacks.rehearsal import check_mode, is_built, rehearse
 from clipquant.callbacks.road.ranks import from_first, leaving, several
 from clipquant.callbacks.settings import Settings
 from clipquant.callbacks.stopped import checkpoint_of, clear_away, stopped_at_end
+from clipquant.callbacks.takeover import finish_training
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.export import Format
@@ -35,6 +36,7 @@ from clipquant.model import QuantizedModel
 from clipquant.model.asked import check_spelling
 from clipquant.model.auto import check_auto, check_smallest
 from clipquant.model.entry import quantize_by
+from clipquant.quant.codes.coding import check_coding
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.methods import Method
 from clipquant.quant.network.calibration import Calibration
@@ -83,6 +85,10 @@ class QuantizeOnFitEnd(Callback):
             "onnx-int8" (`model.int8.onnx`), "onnx-nbits" (`model.nbits.onnx`),
             "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
+        coding: How the file holds codes: "dense"; "entropy", each weight in an entropy code where that is
+            smaller, which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where
+            that extra is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is
+            coded.
         on_fail: Whether a missed budget, or a step that fails after training, is an error once all that could
             be done is on disk ("raise"), or a warning that says what was done instead ("warn").
 
@@ -119,6 +125,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
         export: list[str | Format] | None = None,
+        coding: Literal["dense", "entropy", "auto"] = "dense",
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
         check_spelling(method)
@@ -129,6 +136,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         check_choice("mode", mode, ("min", "max", None))
         check_budgets(bits, max_drop, max_size)
         check_calibration(calibration_batches, method)
+        check_coding(coding)
         if bits == "auto":
             check_auto(max_drop, max_size, recipe)
         self.settings = Settings(
@@ -141,6 +149,7 @@ bits='auto' with max_drop or max_size to have it chosen.
             mode,
             weights,
             check_formats(export, calibration_batches),
+            coding,
         )
         self.on_fail = on_fail
         self.dirpath = dirpath
@@ -152,6 +161,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = True
         self._told: frozenset[str] = frozenset()
         self._ended = False
+        self._asked = self.settings  # and what training has left
         self._token = register(self)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -163,6 +173,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = trainer.num_sanity_val_steps == 0  # a dry run among them
         check_others(self, _quantizers(trainer))
         check_installed(self.settings.export)
+        check_coding(self.settings.coding)
         refuse_shards(trainer)
         if self.settings.weights == "best":
             check_best(trainer)
@@ -226,6 +237,7 @@ bits='auto' with max_drop or max_size to have it chosen.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize, judge, write, and only then load the dequantized weights into the module."""
         self._ended = True
+        self._asked = self.settings.taking_over(finish_training(trainer, pl_module))
         if trainer.global_step == 0:
             warn("No optimizer step was taken: QuantizeOnFitEnd quantizes weights as given.")
         self._take_floats_(trainer, pl_module)
@@ -252,7 +264,7 @@ bits='auto' with max_drop or max_size to have it chosen.
     def _outcome(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
         """Return what came of the fit's end; an Outcome that says why where nothing did."""
         folder = self._folder or folder_of(trainer, self, _quantizers(trainer))
-        work = FitEnd(self.settings, trainer, folder, lambda *asked: quantize(*asked), self._told)
+        work = FitEnd(self._asked, trainer, folder, lambda *asked: quantize(*asked), self._told)
         try:
             return work.run(pl_module)
         except (

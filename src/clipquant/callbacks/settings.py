@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
@@ -14,6 +15,8 @@ from clipquant.callbacks.watch import Watch, watch
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits
+from clipquant.quant.codes.coding import Coding
+from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.recipe import Recipe
 from clipquant.report.record import Budget, QuantizationReport, Trial
 
@@ -32,6 +35,7 @@ class Settings:
         mode: Which way it is better.
         weights: "last" or "best".
         export: Further formats.
+        coding: How the file holds codes.
     """
 
     recipe: Recipe
@@ -43,6 +47,7 @@ class Settings:
     mode: str | None
     weights: str
     export: tuple[Format, ...]
+    coding: Coding = "dense"
 
     @property
     def plain(self) -> Recipe:
@@ -54,6 +59,12 @@ class Settings:
         """The run's seed, where one was set."""
         seed = os.environ.get("PL_GLOBAL_SEED")
         return int(seed) if seed else None
+
+    def taking_over(self, trained: Mapping[str, TrainedGrid]) -> Settings:
+        """Return the same settings, with the grids that training has left."""
+        if not trained:
+            return self
+        return replace(self, recipe=replace(self.recipe, trained=trained))
 
     def wants_data(self, module: nn.Module) -> bool:
         """Return whether batches make a difference."""
@@ -76,7 +87,8 @@ class Settings:
     def goal(self, trainer: pl.Trainer, natures: Natures) -> AutoBits:
         """Return the budgets, and the metric that judges."""
         by = self.watch(trainer, natures)
-        return AutoBits(self.max_drop, self.max_size, by.name, by.mode or "min", self.recipe)
+        mode = by.mode or "min"
+        return AutoBits(self.max_drop, self.max_size, by.name, mode, self.recipe, self.coding)
 
     def line(self, path: str = "model.safetensors") -> str:
         """Return the line of code that quantizes the module later."""

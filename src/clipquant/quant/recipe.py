@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +13,7 @@ from clipquant.errors import ArgumentError
 from clipquant.quant.codes.granularity import SHORT, SHORT_LOOKUP, fitting_granularity
 from clipquant.quant.codes.size import coded_bytes
 from clipquant.quant.codes.spec import Granularity, QuantSpec, check_bits
+from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.methods.base import reads_data
 from clipquant.quant.network.batchnorm import batch_norms
@@ -33,6 +34,8 @@ class Recipe:
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
+        trained: State-dict key -> the grid that training has left; such a weight is put on it, whatever else
+            is said.
 
     Raises:
         ValueError: For a setting that cannot be; the message names the rule, the value and the remedy.
@@ -49,6 +52,7 @@ class Recipe:
     include: Globs = None
     exclude: Globs = None
     overrides: Mapping[str, int] | None = None
+    trained: Mapping[str, TrainedGrid] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _ = self.spec
@@ -117,8 +121,10 @@ class Recipe:
 
     def reads_data(self, model: nn.Module) -> bool:
         """Return whether batches make a difference: to a weight's method, or to BatchNorm statistics."""
-        specs = self.specs(self.select(model).targets).values()
-        return bool(batch_norms(model)) or any(reads_data(self.solver, spec) for spec in specs)
+        specs = self.specs(self.select(model).targets)
+        left = [spec for name, spec in specs.items() if name not in self.trained]
+        follows = bool(batch_norms(model)) and not self.trained
+        return follows or any(reads_data(self.solver, spec) for spec in left)
 
     def without_data(self) -> Recipe:
         """Return the same settings with the best method that looks at the weights alone."""

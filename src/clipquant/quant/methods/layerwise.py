@@ -94,7 +94,9 @@ class _Run:
         steps = list(_steps(own, seen))
         for number, group in enumerate(steps):
             calibration.tell(group[0].name, number, len(steps))
-            moments = observe((self.exact, self.rounded), group, calibration, hold_apart=True)
+            moments = observe(
+                (self.exact, self.rounded), group, calibration, hold_apart=True, few=True
+            )
             for target in group:
                 self._solve_(target, moments[target.name])
         return Found(self.codes, self.methods, self.biases, self.notes)
@@ -108,7 +110,7 @@ class _Run:
     def _solve_(self, target: Target, moments: Moments) -> None:
         model, matrix = self.problem.model, matrix_of(target)
         bias = bias_of(model, target)
-        if moments.hessian.dim() == 2:
+        if moments.hessian.dim() == 2 and moments.inputs is None:
             self._note_(target, "inputs' second moments too large: their diagonal alone")
         if is_lookup(model, target):
             moments, bias = _with_lookup(moments, matrix), None
