@@ -46,7 +46,7 @@ def _tqdm_like(callback: Any) -> Bar:
     """Return a bar as a user's class of progress bar makes them, that leaves nothing behind."""
     kind = type(callback)
     named = type(kind.__name__, (kind,), {"predict_description": "Quantizing"})
-    twin = object.__new__(
+    twin: Any = object.__new__(
         named
     )  # tells from the first what is done, and leaves the user's own as it is
     vars(twin).update(vars(callback))
