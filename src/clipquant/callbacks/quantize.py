@@ -32,6 +32,7 @@ from clipquant.callbacks.takeover import finish_training
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.export import Format
+from clipquant.keywords import OF_QUANTIZING, naming_keywords
 from clipquant.model import QuantizedModel
 from clipquant.model.asked import check_spelling
 from clipquant.model.auto import check_auto, check_smallest
@@ -106,6 +107,7 @@ class QuantizeOnFitEnd(Callback):
 bits='auto' with max_drop or max_size to have it chosen.
     """
 
+    @naming_keywords(OF_QUANTIZING)
     def __init__(
         self,
         bits: int | Literal["auto"] = 8,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.artifact import load_state
-from clipquant.errors import ArgumentError
+from clipquant.errors import ArgumentError, RunError
+from clipquant.keywords import OF_QUANTIZING, naming_keywords
 from clipquant.model.asked import as_batches, check_model, check_spelling
 from clipquant.model.auto import AutoBits, Seen, check_auto, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
@@ -32,8 +33,10 @@ from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
 from clipquant.quant.widths.sensitivity import believed_gradients, output_divergence
 from clipquant.report.progress import progress_bar
+from clipquant.report.worries import boundless
 
 
+@naming_keywords(OF_QUANTIZING)
 @torch.inference_mode(False)
 def quantize(
     model: nn.Module,
@@ -108,7 +111,7 @@ def quantize(
         batches = _auto_data(data, calibration_batches)
         goal = AutoBits(max_drop, max_size, "score", "max", recipe, coding)
         judge = None if score is None else _judge_of(model, score)
-        before = {} if score is None else {"score": float(score(model))}
+        before = {} if score is None else {"score": _scored(score, model)}
         with progress_bar(progress) as tell:
             calibration = Calibration(batches, forward, tell)
             made = quantize_auto(
@@ -127,8 +130,8 @@ def quantize(
     _warned(made)
     if score is None:
         return made
-    before = {"score": float(score(model))}
-    after = {"score": float(score(made.apply_to(copy.deepcopy(model))))}
+    before = {"score": _scored(score, model)}
+    after = {"score": _scored(score, made.apply_to(copy.deepcopy(model)))}
     return made.reported(float_metrics=before, quantized_metrics=after, monitor="score", mode="max")
 
 
@@ -148,9 +151,10 @@ def quantize_by(
 
 
 def _warned(made: QuantizedModel) -> QuantizedModel:
-    """Return the same, after one warning where the network is likely harmed."""
-    if made.report.warning:
-        warnings.warn(f"The quantized network is {made.report.warning}.", stacklevel=4)
+    """Return the same, after a warning where the network is likely harmed and where a budget bounds nothing."""
+    harmed = f"The quantized network is {made.report.warning}" if made.report.warning else ""
+    for said in filter(None, (harmed, boundless(made.report))):
+        warnings.warn(f"{said}.", stacklevel=4)
     return made
 
 
@@ -183,7 +187,19 @@ def _judge_of(
 
     def judge(weights: QuantizedWeights) -> Mapping[str, float]:
         return {
-            "score": float(score(load_state(guest, weights.state_dict(), "the quantized model")))
+            "score": _scored(score, load_state(guest, weights.state_dict(), "the quantized model"))
         }
 
     return judge
+
+
+def _scored(score: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """Return a model's score, which must be a number."""
+    value = score(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"score must return a number, higher is better; got {value!r}. Return it from the function, as in "
+            "lambda model: accuracy(model, batches)."
+        ) from error

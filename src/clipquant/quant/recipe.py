@@ -57,8 +57,12 @@ class Recipe:
     def __post_init__(self) -> None:
         _ = self.spec
         check_method(self.method)
-        for bits in (self.overrides or {}).values():
-            check_bits(bits)
+        if self.symmetric not in (True, False, None):
+            raise ArgumentError(
+                f"symmetric must be true, false or None, what suits the width; got {self.symmetric!r}."
+            )
+        check_lists(include=self.include, exclude=self.exclude)
+        _check_overrides(self.overrides)
 
     @property
     def spec(self) -> QuantSpec:
@@ -147,6 +151,39 @@ needs_data and solve(problem); got 'awq'.
             f"method must be one of {', '.join(map(repr, METHODS))}, or an object with name, needs_data "
             f"and solve(problem); got {method!r}."
         )
+
+
+def check_lists(**globs: Any) -> None:
+    """Raise for a text where a list of globs is meant, whose letters would be globs of their own.
+
+    >>> check_lists(include="fc*")
+    Traceback (most recent call last):
+    ...
+    clipquant.errors.ArgumentError: include must be a list of globs over the names of weights; got 'fc*'. Write ['fc*'].
+    """
+    for name, given in globs.items():
+        if isinstance(given, str) or (given is not None and not isinstance(given, Iterable)):
+            remedy = f" Write [{given!r}]." if isinstance(given, str) else ""
+            raise ArgumentError(
+                f"{name} must be a list of globs over the names of weights; got {given!r}.{remedy}"
+            )
+
+
+def _check_overrides(overrides: Any) -> None:
+    if not isinstance(overrides, Mapping | None):
+        raise ArgumentError(
+            f"overrides must give bits for globs over the names of weights; got {overrides!r}. "
+            'Write a dict such as {"fc2.*": 8}.'
+        )
+    for glob, bits in (overrides or {}).items():
+        _check_override(glob, bits)
+
+
+def _check_override(glob: object, bits: Any) -> None:
+    try:
+        check_bits(bits)
+    except ArgumentError as error:
+        raise ArgumentError(f"overrides[{glob!r}]: {error}") from None
 
 
 def data_free() -> str:
