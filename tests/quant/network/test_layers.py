@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from clipquant.quant.network.layers import select
 
@@ -15,6 +16,28 @@ class Decoder(nn.Module):
 
 class MyLinear(nn.Linear):
     pass
+
+
+class Experts(nn.Module):
+    def __init__(self, *sizes, bias=0, **said):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(sizes))
+        if bias:
+            self.up_bias = nn.Parameter(torch.randn(sizes[0], bias))
+        self.down = nn.Parameter(torch.randn(sizes[0], *sizes[:0:-1]))
+        vars(self).update(said)
+
+
+class ParallelExperts(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(sizes))
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
 
 
 KINDS = {
@@ -36,6 +59,15 @@ KINDS = {
     ),
     "LSTM": (nn.LSTM(3, 4, proj_size=2), ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"], 16),
     "GRU": (nn.GRU(3, 4), ["weight_ih_l0", "weight_hh_l0"], 12),
+    "Bilinear": (nn.Bilinear(2, 3, 4), ["weight"], 4),
+    "experts": (Experts(2, 3, 5), ["up", "down"], 10),
+    "experts as transformers holds them": (
+        Experts(2, 5, 3, is_transposed=False),
+        ["up", "down"],
+        10,
+    ),
+    "experts with biases": (Experts(2, 5, 3, bias=5), ["up", "down"], 10),
+    "experts with a weight": (ParallelExperts(2, 5, 3), ["weight"], 10),
     "LSTMCell": (nn.LSTMCell(3, 4), ["weight_ih", "weight_hh"], 16),
 }
 
@@ -54,7 +86,7 @@ def test_every_floating_tensor_is_quantized_or_listed_with_a_reason():
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3),
         nn.BatchNorm2d(2),
-        nn.Bilinear(2, 3, 4),
+        Mixing(),
         nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
         nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
     )
@@ -63,7 +95,7 @@ def test_every_floating_tensor_is_quantized_or_listed_with_a_reason():
     floating = {k for k, v in model.state_dict().items() if v.is_floating_point()}
     assert named == floating
     why = {item.name: item.why for item in selection.left}
-    assert "Bilinear" in why["2.weight"]
+    assert "Mixing" in why["2.weight"]
     assert "parametrized" in why["3.parametrizations.weight.original1"]
     assert "parametrized" in why["4.parametrizations.weight.original"]
     assert all(item.bytes == model.state_dict()[item.name].nbytes for item in selection.left)
@@ -75,6 +107,19 @@ def test_the_old_weight_norm_is_listed_too():
     assert [t.name for t in selection.targets] == ["0.weight"]
     why = {item.name: item.why for item in selection.left}
     assert "norm" in why["1.weight_v"]
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRUCell])
+def test_recurrent_weights_that_are_rebuilt_are_listed_and_the_others_quantized(make):
+    names = [name for name, p in make(3, 4).named_parameters() if p.dim() == 2]
+    pruned, normed = make(3, 4), make(3, 4)
+    prune.l1_unstructured(pruned, names[1], 0.5)
+    torch.nn.utils.weight_norm(normed, names[1])
+    for module, ends in ((pruned, ("_orig", "_mask")), (normed, ("_g", "_v"))):
+        selection = select(module)
+        assert [t.name for t in selection.targets] == names[:1]
+        why = {item.name: item.why for item in selection.left}
+        assert all("prun" in why[names[1] + end] for end in ends)
 
 
 def test_a_tied_weight_is_held_once():

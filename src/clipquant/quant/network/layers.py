@@ -18,10 +18,17 @@ from clipquant.quant.codes.paths import submodule
 from clipquant.quant.codes.weights import LeftInFloat, check_storable
 
 _Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.EmbeddingBag)
+_Weighted = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag,
+)  # fmt: skip
 _Recurrent = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_REBUILT = (
+    "_orig",
+    "_g",
+    "_v",
+)  # ends of what a weight or spectral norm, or pruning, makes a weight of
 
 Globs: TypeAlias = Iterable[str] | None
 
@@ -133,7 +140,7 @@ def unknown_weights(model: nn.Module) -> Iterator[Target]:
             name = f"{path}.{attribute}" if path else attribute
             if parameter is None or name in known or is_lazy(parameter):
                 continue
-            if parameter.dim() >= 2 and not name.endswith(("_orig", "_g", "_v")):
+            if parameter.dim() >= 2 and not name.endswith(_REBUILT):
                 yield Target(name, module, attribute, Layout(tuple(parameter.shape)))
 
 
@@ -150,7 +157,30 @@ def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
         yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
     elif isinstance(module, _Recurrent):
         names = [name for name in own if name.startswith(("weight_ih", "weight_hh", "weight_hr"))]
+        names = [name for name in names if not name.endswith(_REBUILT)]
         yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
+    elif "experts" in type(module).__name__.lower():
+        stacks = {n: p for n, p in own.items() if p.dim() == 3}
+        yield from ((n, Layout(tuple(p.shape), _outputs_of(module, n))) for n, p in stacks.items())
+
+
+def _outputs_of(experts: nn.Module, name: str) -> int:
+    """Return the axis of the outputs of a stack of experts' matrices: -2, as in a Linear, or -1, as bmm takes them.
+
+    By what transformers says of its own (`is_transposed`), else by a bias beside it, else by its name: a
+    `weight` is as in a Linear, all others as bmm takes them.
+    """
+    transposed = getattr(experts, "is_transposed", None)
+    if isinstance(transposed, bool):
+        return -1 if transposed else -2
+    stack = experts._parameters[name]
+    named = (f"{name}_bias", name.replace("weight", "bias"))
+    bias = next((b for key in named if (b := experts._parameters.get(key)) is not None), None)
+    if stack is not None and bias is not None and bias.dim() == 2:
+        fit = [axis for axis in (-2, -1) if stack.shape[axis] == bias.shape[-1]]
+        if len(fit) == 1:
+            return fit[0]
+    return -2 if name == "weight" else -1
 
 
 def _is_conv1d_of_transformers(module: nn.Module) -> bool:
@@ -235,10 +265,17 @@ def _why_unknown(name: str, tensor: Tensor, model: nn.Module) -> str:
     path, _, leaf = name.rpartition(".")
     if ".parametrizations." in f".{path}.":
         return "parametrized: remove_parametrizations() first, then it is a plain weight"
-    if leaf.endswith(("_g", "_v", "_orig")):
+    if (
+        leaf.endswith("_mask")
+        and f"{leaf.removesuffix('_mask')}_orig" in submodule(model, path)._parameters
+    ):
+        return "a mask of pruning: prune.remove() first, then it is gone"
+    if leaf.endswith(_REBUILT):
         owner = submodule(model, path)
         if owner._forward_pre_hooks or parametrize.is_parametrized(owner):
-            return "rebuilt before each forward (weight or spectral norm): remove the norm first"
+            return (
+                "rebuilt before each forward (pruning, weight or spectral norm): remove that first"
+            )
     if tensor.dim() < 2:
         return "bias, normalization or other vector"
     kind = type(submodule(model, path)).__name__
@@ -250,8 +287,8 @@ def _nothing(left: list[LeftInFloat], include: Globs, exclude: Globs) -> str:
         "; ".join(f"{item.name} ({item.why})" for item in left[:5]) or "no floating tensor at all"
     )
     return (
-        "the model has no weight to quantize: Conv, ConvTranspose, Linear, Embedding, attention "
-        f"and recurrent weights are; got include={include}, exclude={exclude} and {kept}. "
+        "the model has no weight to quantize: Conv, ConvTranspose, Linear, Bilinear, Embedding, attention, "
+        f"recurrent and stacked experts' weights are; got include={include}, exclude={exclude} and {kept}. "
         "Widen include or narrow exclude."
     )
 

@@ -126,7 +126,8 @@ def _digits(x: Tensor) -> tuple[Tensor, Tensor]:
 def _joined(digits: Tensor, rows: int) -> Tensor:
     """Return what sums of digits, int32 (3 * rows, ...), come to: float64 (rows, ...)."""
     first, second, third = digits.split(rows)
-    return third.double().div_(_DIGIT).add_(second).div_(_DIGIT).add_(first)
+    joined: Tensor = third.double().div_(_DIGIT).add_(second).div_(_DIGIT).add_(first)
+    return joined
 
 
 def _times(digits: Tensor, codes: Tensor) -> Tensor:
