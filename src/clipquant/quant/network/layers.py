@@ -16,19 +16,9 @@ from clipquant.errors import ArgumentError
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.paths import submodule
 from clipquant.quant.codes.weights import LeftInFloat, check_storable
+from clipquant.quant.network.kinds import REBUILT, layouts
 
-_Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_Weighted = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag,
-)  # fmt: skip
-_Recurrent = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-_REBUILT = (
-    "_orig",
-    "_g",
-    "_v",
-)  # ends of what a weight or spectral norm, or pruning, makes a weight of
 
 Globs: TypeAlias = Iterable[str] | None
 
@@ -124,7 +114,7 @@ def weights_of(model: nn.Module) -> Iterator[Target]:
     """Yield every weight of every layer kind that can be quantized, with its layout."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for attribute, layout in _layouts(module):
+        for attribute, layout in layouts(module):
             yield Target(prefix + attribute, module, attribute, layout)
 
 
@@ -140,55 +130,8 @@ def unknown_weights(model: nn.Module) -> Iterator[Target]:
             name = f"{path}.{attribute}" if path else attribute
             if parameter is None or name in known or is_lazy(parameter):
                 continue
-            if parameter.dim() >= 2 and not name.endswith(_REBUILT):
+            if parameter.dim() >= 2 and not name.endswith(REBUILT):
                 yield Target(name, module, attribute, Layout(tuple(parameter.shape)))
-
-
-def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
-    own = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
-    if _is_conv1d_of_transformers(module) and own.get("weight") is not None:
-        yield "weight", Layout(tuple(module.weight.shape), 1)  # type: ignore[arg-type]
-    elif isinstance(module, _Transposed) and own.get("weight") is not None:
-        yield "weight", Layout(tuple(module.weight.shape), 1, module.groups)
-    elif isinstance(module, _Weighted) and own.get("weight") is not None:
-        yield "weight", Layout(tuple(module.weight.shape))
-    elif isinstance(module, nn.MultiheadAttention):
-        names: Iterable[str] = _ATTENTION
-        yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
-    elif isinstance(module, _Recurrent):
-        names = [name for name in own if name.startswith(("weight_ih", "weight_hh", "weight_hr"))]
-        names = [name for name in names if not name.endswith(_REBUILT)]
-        yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
-    elif "experts" in type(module).__name__.lower():
-        stacks = {n: p for n, p in own.items() if p.dim() == 3}
-        yield from ((n, Layout(tuple(p.shape), _outputs_of(module, n))) for n, p in stacks.items())
-
-
-def _outputs_of(experts: nn.Module, name: str) -> int:
-    """Return the axis of the outputs of a stack of experts' matrices: -2, as in a Linear, or -1, as bmm takes them.
-
-    By what transformers says of its own (`is_transposed`), else by a bias beside it, else by its name: a
-    `weight` is as in a Linear, all others as bmm takes them.
-    """
-    transposed = getattr(experts, "is_transposed", None)
-    if isinstance(transposed, bool):
-        return -1 if transposed else -2
-    stack = experts._parameters[name]
-    named = (f"{name}_bias", name.replace("weight", "bias"))
-    bias = next((b for key in named if (b := experts._parameters.get(key)) is not None), None)
-    if stack is not None and bias is not None and bias.dim() == 2:
-        fit = [axis for axis in (-2, -1) if stack.shape[axis] == bias.shape[-1]]
-        if len(fit) == 1:
-            return fit[0]
-    return -2 if name == "weight" else -1
-
-
-def _is_conv1d_of_transformers(module: nn.Module) -> bool:
-    """Return whether a layer is GPT-2's: a Linear whose weight is (in, out), known without its package."""
-    return any(
-        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-        for kind in type(module).__mro__
-    )
 
 
 def tied_keys(state: dict[str, Tensor]) -> dict[str, str]:
@@ -270,7 +213,7 @@ def _why_unknown(name: str, tensor: Tensor, model: nn.Module) -> str:
         and f"{leaf.removesuffix('_mask')}_orig" in submodule(model, path)._parameters
     ):
         return "a mask of pruning: prune.remove() first, then it is gone"
-    if leaf.endswith(_REBUILT):
+    if leaf.endswith(REBUILT):
         owner = submodule(model, path)
         if owner._forward_pre_hooks or parametrize.is_parametrized(owner):
             return (
