@@ -78,7 +78,7 @@ class Recipe:
         that is so of all.
         """
         selection = select(model, self.include, self.exclude)
-        specs = {target.name: self._asked(target) for target in selection.targets}
+        specs = {target.name: self.asked(target) for target in selection.targets}
         larger = {
             target.name: f"would take more bytes as codes: {size:,} against {target.weight.nbytes:,}"
             for target in selection.targets
@@ -94,16 +94,20 @@ class Recipe:
             ValueError: For a glob of `overrides` that matches none of the weights.
         """
         targets = list(targets)
-        check_globs([target.name for target in targets], overrides=self.overrides)
+        self.check_overrides(targets)
         return {target.name: self._spec_of(target) for target in targets}
 
-    def _asked(self, target: Target) -> QuantSpec:
+    def check_overrides(self, targets: Iterable[Target]) -> None:
+        """Raise for a glob of `overrides` that matches none of the weights; their values are not read."""
+        check_globs([target.name for target in targets], overrides=self.overrides)
+
+    def asked(self, target: Target) -> QuantSpec:
         """Return a weight's grid, a scale a channel where nothing else is said."""
         bits = self.override(target.name)
         return self.spec if bits is None else _with_bits(self.spec, bits)
 
     def _spec_of(self, target: Target) -> QuantSpec:
-        spec = self._asked(target)
+        spec = self.asked(target)
         if self.granularity is not None:
             return spec
         matrix = target.layout.fold(target.weight.detach())
@@ -117,7 +121,9 @@ class Recipe:
 
     def reads_data(self, model: nn.Module) -> bool:
         """Return whether batches make a difference: to a weight's method, or to BatchNorm statistics."""
-        specs = self.specs(self.select(model).targets).values()
+        targets = self.select(model).targets
+        self.check_overrides(targets)
+        specs = map(self.asked, targets)  # no value of a weight is looked at
         return bool(batch_norms(model)) or any(reads_data(self.solver, spec) for spec in specs)
 
     def without_data(self) -> Recipe:
