@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from clipquant.callbacks.road.calibration import (
     run_prepared,
 )
 from clipquant.callbacks.road.judge import judge
+from clipquant.callbacks.road.logged import Natures
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.screen import display
 from clipquant.callbacks.settings import Settings
@@ -50,14 +51,14 @@ class Outcome:
     """What came of a fit's end.
 
     Args:
-        state: The dequantized weights, where there is a file that holds them.
+        made: The quantized weights, where there is a file that holds them.
         report: What was gained and what it cost; None where nothing could be quantized.
         path: The file.
         failures: The steps that failed, in words.
         budget: Why a budget was missed; empty where all are met.
     """
 
-    state: Mapping[str, Tensor] = field(default_factory=dict)
+    made: QuantizedModel | None = None
     report: QuantizationReport | None = None
     path: Path | None = None
     failures: tuple[Failure, ...] = ()
@@ -104,12 +105,21 @@ class FitEnd:
                 made = self._reported(road, self._coded(made), before)
                 made, path = self._saved(made)
                 made = self._completed(road, found, made, path)
-        if made is not None:
-            self._tell_(made.report, path)
-        state = {} if made is None or path is None else made.state_dict()
-        report = None if made is None else made.report
-        budget = report.budget.failure if report is not None and report.budget is not None else ""
-        return Outcome(state, report, path, tuple(self.failures.items), budget)
+        return self._ended(made, path)
+
+    def run_apart(self, made: QuantizedModel) -> Outcome:
+        """Return what came of weights that were quantized a layer at a time: nothing is run on them."""
+        made = self._reported(None, made, {})
+        made, path = self._saved(made)
+        return self._ended(made.reported(failures=self.failures.told()), path)
+
+    def _ended(self, made: QuantizedModel | None, path: Path | None) -> Outcome:
+        if made is None:
+            return Outcome(failures=tuple(self.failures.items))
+        self._tell_(made.report, path)
+        budget = "" if made.report.budget is None else made.report.budget.failure
+        held = None if path is None else made
+        return Outcome(held, made.report, path, tuple(self.failures.items), budget)
 
     def _take_best_(self, road: Road) -> None:
         if self.settings.weights == "best" and not getattr(self.trainer, "fast_dev_run", False):
@@ -231,12 +241,12 @@ class FitEnd:
         return made
 
     def _reported(
-        self, road: Road, made: QuantizedModel, before: Mapping[str, float]
+        self, road: Road | None, made: QuantizedModel, before: Mapping[str, float]
     ) -> QuantizedModel:
-        by = self._watched(road, before)
+        by = self._watched({} if road is None else road.natures, before)
         known: dict[str, Any] = {"seed": self.settings.seed, "mode_from": by.why}
         if not made.report.float_metrics:  # the search for a budget has judged already
-            after = self._judged(road, made.state_dict(), "quantized") if before else {}
+            after = self._judged(road, made.state_dict(), "quantized") if road and before else {}
             known |= {
                 "float_metrics": before,
                 "quantized_metrics": after,
@@ -245,9 +255,9 @@ class FitEnd:
             }
         return made.reported(**known, failures=self.failures.told())
 
-    def _watched(self, road: Road, before: Mapping[str, float]) -> Watch:
+    def _watched(self, natures: Natures, before: Mapping[str, float]) -> Watch:
         """Return which metric judges; what keeps it from judging is a failure."""
-        by = self.settings.watch(self.trainer, road.natures)
+        by = self.settings.watch(self.trainer, natures)
         logged = logged_name(by.name, before) in before
         if before and not logged and self.settings.monitor is not None:
             said = f"it is {by.name!r}, which validation did not log; logged were {', '.join(sorted(before))}"

@@ -76,15 +76,27 @@ to 1 or more, or choose \
         )
 
 
-def refuse_shards(trainer: pl.Trainer) -> None:
-    """Refuse strategies after which no process holds whole weights."""
-    own = package_of(trainer).strategies
-    kinds = (own.FSDPStrategy, own.ModelParallelStrategy, own.DeepSpeedStrategy)
-    if isinstance(trainer.strategy, kinds):
+def check_strategy(trainer: pl.Trainer, weights: str) -> None:
+    """Raise for strategies that keep weights in parts which cannot be gathered.
+
+    Args:
+        trainer: About to fit.
+        weights: "last" or "best".
+
+    Raises:
+        ArgumentError: Naming the strategy, its setting and the remedy.
+    """
+    own, strategy = package_of(trainer).strategies, trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy, own.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         raise ArgumentError(
-            "QuantizeOnFitEnd needs whole weights at fit end; "
-            f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
-            "device, or call clipquant.quantize() on the consolidated checkpoint."
+            "QuantizeOnFitEnd gathers each parameter under its own name; got "
+            f"{name}(use_orig_params=False), which keeps none. Leave use_orig_params out."
+        )
+    if isinstance(strategy, own.DeepSpeedStrategy) and weights == "best":
+        raise ArgumentError(
+            f"weights='best' reads a checkpoint as a whole, and those of {name} are in parts for its engine alone. "
+            "Use weights='last'."
         )
 
 
