@@ -17,7 +17,6 @@ from clipquant.callbacks.fit_end import FitEnd, Outcome
 from clipquant.callbacks.folder import folder_of
 from clipquant.callbacks.lightning import Callback
 from clipquant.callbacks.quantize_checks import (
-    check_budgets,
     check_calibration,
     check_choice,
     check_others,
@@ -33,7 +32,7 @@ from clipquant.errors import ArgumentError
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.asked import check_spelling
-from clipquant.model.auto import check_auto, check_smallest
+from clipquant.model.auto import check_auto, check_budgets, check_smallest
 from clipquant.model.entry import quantize_by
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.methods import Method
@@ -83,6 +82,8 @@ class QuantizeOnFitEnd(Callback):
             "onnx-int8" (`model.int8.onnx`), "onnx-nbits" (`model.nbits.onnx`),
             "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
+        confidence: With `max_drop`: how sure it must be, above 0.5 and below 1, that the true drop is within it:
+            validation data are a sample. None: the drop measured and one standard error must be.
         on_fail: Whether a missed budget, or a step that fails after training, is an error once all that could
             be done is on disk ("raise"), or a warning that says what was done instead ("warn").
 
@@ -119,6 +120,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
         export: list[str | Format] | None = None,
+        confidence: float | None = None,
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
         check_spelling(method)
@@ -127,10 +129,10 @@ bits='auto' with max_drop or max_size to have it chosen.
         check_choice("weights", weights, ("last", "best"))
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
-        check_budgets(bits, max_drop, max_size)
+        check_budgets(bits, max_drop, max_size, confidence)
         check_calibration(calibration_batches, method)
         if bits == "auto":
-            check_auto(max_drop, max_size, recipe)
+            check_auto(max_drop, max_size, recipe, confidence)
         self.settings = Settings(
             recipe,
             bits == "auto",
@@ -141,6 +143,7 @@ bits='auto' with max_drop or max_size to have it chosen.
             mode,
             weights,
             check_formats(export, calibration_batches),
+            confidence,
         )
         self.on_fail = on_fail
         self.dirpath = dirpath

@@ -32,6 +32,7 @@ class Settings:
         mode: Which way it is better.
         weights: "last" or "best".
         export: Further formats.
+        confidence: How sure it must be that `max_drop` is kept; None: within one standard error.
     """
 
     recipe: Recipe
@@ -43,6 +44,7 @@ class Settings:
     mode: str | None
     weights: str
     export: tuple[Format, ...]
+    confidence: float | None = None
 
     @property
     def plain(self) -> Recipe:
@@ -76,7 +78,14 @@ class Settings:
     def goal(self, trainer: pl.Trainer, natures: Natures) -> AutoBits:
         """Return the budgets, and the metric that judges."""
         by = self.watch(trainer, natures)
-        return AutoBits(self.max_drop, self.max_size, by.name, by.mode or "min", self.recipe)
+        return AutoBits(
+            self.max_drop,
+            self.max_size,
+            by.name,
+            by.mode or "min",
+            self.recipe,
+            self.confidence,
+        )
 
     def line(self, path: str = "model.safetensors") -> str:
         """Return the line of code that quantizes the module later."""
