@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from clipquant.artifact import read_metadata
+from clipquant.budget.chance import Judged, drop_between
 from clipquant.callbacks.auto import choose_bits
 from clipquant.callbacks.checkpoint import load_best, logged_name
 from clipquant.callbacks.export import export_files
@@ -27,7 +28,7 @@ from clipquant.callbacks.road.calibration import (
     probe,
     run_prepared,
 )
-from clipquant.callbacks.road.judge import judge
+from clipquant.callbacks.road.judge import judge_parts
 from clipquant.callbacks.road.logged import Natures
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.screen import display
@@ -109,7 +110,7 @@ class FitEnd:
 
     def run_apart(self, made: QuantizedModel) -> Outcome:
         """Return what came of weights that were quantized a layer at a time: nothing is run on them."""
-        made = self._reported(None, made, {})
+        made = self._reported(None, made, Judged({}))
         made, path = self._saved(made)
         return self._ended(made.reported(failures=self.failures.told()), path)
 
@@ -140,16 +141,17 @@ class FitEnd:
         if not trained:
             self.failures.add_(no_grids(recipe.method))
 
-    def _judged(
-        self, road: Road, state: Mapping[str, Tensor] | None, which: str
-    ) -> dict[str, float]:
+    def _judged(self, road: Road, state: Mapping[str, Tensor] | None, which: str) -> Judged:
+        """Return what was judged of some weights; of the monitored metric in parts too, where a search asks."""
+        monitor = self.settings.watch(self.trainer, road.natures).name
+        what = f"judging the {which} weights"
         with self.failures.step(
             f"judging the {which} weights",
             f"the report has no {which} metrics",
             "Run trainer.validate(module) to see the error by itself.",
         ):
-            return judge(road, state, what=f"judging the {which} weights")
-        return {}
+            return judge_parts(road, monitor, state, apart=self.settings.auto, what=what)
+        return Judged({})
 
     def _batches(self, road: Road) -> Found | None:
         """Return calibration batches; without any that can be run, weights are quantized without data."""
@@ -170,7 +172,7 @@ class FitEnd:
                 )
         return found
 
-    def _rungs(self, road: Road, found: Found | None, before: Mapping[str, float]) -> list[Rung]:
+    def _rungs(self, road: Road, found: Found | None, before: Judged) -> list[Rung]:
         """Return the ways to quantize, the one asked for first."""
         settings, recipe, guest = self.settings, self.settings.recipe, road.guest
         data = None
@@ -197,25 +199,25 @@ class FitEnd:
     def _taken(self, road: Road) -> QuantizedModel:
         return self.quantize(self.settings.recipe, road.guest, None).reported(calibration=SAID)
 
-    def _by_budgets(self, road: Road, found: Found, before: Mapping[str, float]) -> list[Rung]:
+    def _by_budgets(self, road: Road, found: Found, before: Judged) -> list[Rung]:
         """Return the ways that search: by all budgets where they can be judged, then by the size alone."""
         goal = self.settings.goal(self.trainer, road.natures)
-        goal = replace(goal, monitor=logged_name(goal.monitor, before))
+        goal = replace(goal, monitor=logged_name(goal.monitor, before.metrics))
         by = self.settings.watch(self.trainer, road.natures)
         if by.mode is None:
-            before = {}
-        alone = replace(goal, max_drop=None)
-        judged = goal.max_drop is None or goal.monitor in before
+            before = Judged({})
+        alone = replace(goal, max_drop=None, confidence=None)
+        judged = goal.max_drop is None or goal.monitor in before.metrics
         rungs: list[Rung] = []
         if judged:
             what = "choosing bits by the budgets"
             rungs.append(Rung(what, lambda: choose_bits(road, goal, found, before, road.tell)))
-        elif before:
+        elif before.metrics:
             self.failures.add_(
                 Failure(
                     "keeping max_drop",
                     f"it watches {goal.monitor!r}, which was never logged in validation; logged were "
-                    f"{', '.join(sorted(before))}",
+                    f"{', '.join(sorted(before.metrics))}",
                     "it was not judged",
                     "Set monitor to one of them.",
                 )
@@ -224,7 +226,10 @@ class FitEnd:
             what = "choosing bits by the size alone"
             given = goal.max_drop
             rungs.append(
-                Rung(what, lambda: _missing(choose_bits(road, alone, found, {}, road.tell), given))
+                Rung(
+                    what,
+                    lambda: _missing(choose_bits(road, alone, found, Judged({}), road.tell), given),
+                )
             )
         return rungs
 
@@ -240,19 +245,23 @@ class FitEnd:
             return made.coded(self.settings.coding)
         return made
 
-    def _reported(
-        self, road: Road | None, made: QuantizedModel, before: Mapping[str, float]
-    ) -> QuantizedModel:
-        by = self._watched({} if road is None else road.natures, before)
+    def _reported(self, road: Road | None, made: QuantizedModel, before: Judged) -> QuantizedModel:
+        by = self._watched({} if road is None else road.natures, before.metrics)
         known: dict[str, Any] = {"seed": self.settings.seed, "mode_from": by.why}
         if not made.report.float_metrics:  # the search for a budget has judged already
-            after = self._judged(road, made.state_dict(), "quantized") if road and before else {}
+            metrics, after = before.metrics, Judged({})
+            if road is not None and metrics:
+                after = self._judged(road, made.state_dict(), "quantized")
+            name = logged_name(by.name, metrics) if by.mode else None
             known |= {
-                "float_metrics": before,
-                "quantized_metrics": after,
-                "monitor": logged_name(by.name, before) if by.mode else None,
+                "float_metrics": metrics,
+                "quantized_metrics": after.metrics,
+                "monitor": name,
                 "mode": by.mode,
             }
+            if name is not None and name in metrics and by.mode is not None:
+                drop = drop_between(before, after, name, by.mode)
+                known["drop_error"] = drop.shown_error
         return made.reported(**known, failures=self.failures.told())
 
     def _watched(self, natures: Natures, before: Mapping[str, float]) -> Watch:

@@ -18,7 +18,6 @@ from clipquant.callbacks.fit_end import FitEnd, Outcome
 from clipquant.callbacks.folder import folder_of
 from clipquant.callbacks.lightning import Callback
 from clipquant.callbacks.quantize_checks import (
-    check_budgets,
     check_calibration,
     check_choice,
     check_others,
@@ -37,7 +36,7 @@ from clipquant.export import Format
 from clipquant.keywords import OF_QUANTIZING, naming_keywords
 from clipquant.model import QuantizedModel
 from clipquant.model.asked import check_spelling
-from clipquant.model.auto import check_auto, check_smallest
+from clipquant.model.auto import check_auto, check_budgets, check_smallest
 from clipquant.model.entry import quantize_by
 from clipquant.quant.codes.coding import check_coding
 from clipquant.quant.codes.spec import MAX_BITS
@@ -89,6 +88,8 @@ class QuantizeOnFitEnd(Callback):
             "onnx-int8" (`model.int8.onnx`), "onnx-nbits" (`model.nbits.onnx`),
             "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
+        confidence: With `max_drop`: how sure it must be, above 0.5 and below 1, that the true drop is within it:
+            validation data are a sample. None: the drop measured and one standard error must be.
         coding: How the file holds codes: "dense"; "entropy", each weight in an entropy code where that is
             smaller, which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where
             that extra is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is
@@ -130,6 +131,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
         export: list[str | Format] | None = None,
+        confidence: float | None = None,
         coding: Literal["dense", "entropy", "auto"] = "dense",
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
@@ -139,11 +141,11 @@ bits='auto' with max_drop or max_size to have it chosen.
         check_choice("weights", weights, ("last", "best"))
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
-        check_budgets(bits, max_drop, max_size)
+        check_budgets(bits, max_drop, max_size, confidence)
         check_calibration(calibration_batches, method)
         check_coding(coding)
         if bits == "auto":
-            check_auto(max_drop, max_size, recipe)
+            check_auto(max_drop, max_size, recipe, confidence)
         self.settings = Settings(
             recipe,
             bits == "auto",
@@ -154,6 +156,7 @@ bits='auto' with max_drop or max_size to have it chosen.
             mode,
             weights,
             check_formats(export, calibration_batches),
+            confidence,
             coding,
         )
         self.on_fail = on_fail

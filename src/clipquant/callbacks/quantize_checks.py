@@ -40,19 +40,6 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
-    """Raise unless budgets and bits="auto" come together."""
-    given = {"max_drop": max_drop, "max_size": max_size}
-    named = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
-    if bits != "auto" and named:
-        raise ArgumentError(
-            f"a budget needs bits='auto', which chooses the bits by it; got bits={bits!r} with "
-            f"{named}. Set bits='auto', or leave the budget out."
-        )
-    if bits == "auto" and not named:
-        raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
-
-
 def check_calibration(calibration_batches: int, method: str | Method) -> None:
     """Raise unless the count is one, and not 0 where the method calibrates.
 

@@ -14,7 +14,9 @@ from clipquant.clip.norms import flat, norms_of_rows, vector_norm
 from clipquant.clip.outcome import Outcome
 
 _PIECE = 1 << 20  # elements of a large tensor that are worked on at a time
-_TINY = 1 << 12  # elements; below, a call costs more than the copy that lets one call serve many tensors
+_TINY = (
+    1 << 12
+)  # elements; below, a call costs more than the copy that lets one call serve many tensors
 _CHUNK = 1 << 18  # elements of tiny tensors that are joined
 _ROW = 1024
 _LEAST = 1e-30  # below, squares of float32 lose digits
@@ -111,9 +113,7 @@ class Clamping:
             self.clipped = True
 
 
-def clamp_vectors_(
-    vectors: Sequence[Tensor], limit: float, leave: bool, measure: bool
-) -> Outcome:
+def clamp_vectors_(vectors: Sequence[Tensor], limit: float, leave: bool, measure: bool) -> Outcome:
     """Clamp every element of float32 vectors of a CPU in place.
 
     Args:
