@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import lightning.pytorch as pl
 from torch import nn
@@ -34,6 +34,7 @@ class Settings:
         mode: Which way it is better.
         weights: "last" or "best".
         export: Further formats.
+        float_metrics: What the float network's validation logged where bits were chosen during the fit.
     """
 
     recipe: Recipe
@@ -45,6 +46,7 @@ class Settings:
     mode: str | None
     weights: str
     export: tuple[Format, ...]
+    float_metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plain(self) -> Recipe:
@@ -57,17 +59,19 @@ class Settings:
         seed = os.environ.get("PL_GLOBAL_SEED")
         return int(seed) if seed else None
 
-    def taking_over(self, trained: Mapping[str, TrainedGrid]) -> Settings:
-        """Return the same settings, with the grids that training has left."""
+    def taking_over(
+        self, trained: Mapping[str, TrainedGrid], before: Mapping[str, float]
+    ) -> Settings:
+        """Return the same settings, with the grids that training has left and the metrics of before."""
         if not trained:
             return self
-        return replace(self, recipe=replace(self.recipe, trained=trained))
+        return replace(self, recipe=replace(self.recipe, trained=trained), float_metrics=before)
 
     def wants_data(self, module: nn.Module) -> bool:
         """Return whether batches make a difference."""
         if self.calibration_batches == 0:
             return False
-        return self.auto or self.recipe.reads_data(module)
+        return (self.auto and not self.recipe.trained) or self.recipe.reads_data(module)
 
     def watch(self, trainer: pl.Trainer, natures: Natures) -> Watch:
         """Return which metric judges, which way, and where that is known from."""
