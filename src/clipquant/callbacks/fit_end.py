@@ -102,7 +102,7 @@ class FitEnd:
             rungs = list(self._rungs(road, found, before))
             made = climb_down(rungs, road.guest, self.failures, self.settings.line)
             if made is not None:
-                made = self._reported(road, made, before)
+                made = self._reported(road, self._coded(made), before)
                 if self.settings.auto and self.settings.recipe.trained:
                     made = budgeted(made, self.settings, self.settings.float_metrics)
                 made, path = self._saved(made)
@@ -220,6 +220,18 @@ class FitEnd:
                 Rung(what, lambda: _missing(choose_bits(road, alone, found, {}, road.tell), given))
             )
         return rungs
+
+    def _coded(self, made: QuantizedModel) -> QuantizedModel:
+        """Return a model whose file holds codes as was asked."""
+        if self.settings.coding == "dense":
+            return made
+        with self.failures.step(
+            "entropy coding",
+            "the file holds dense codes",
+            "load_quantized and QuantizedModel.save(path, coding='entropy') make it smaller later.",
+        ):
+            return made.coded(self.settings.coding)
+        return made
 
     def _reported(
         self, road: Road, made: QuantizedModel, before: Mapping[str, float]

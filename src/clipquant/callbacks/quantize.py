@@ -36,6 +36,7 @@ from clipquant.model import QuantizedModel
 from clipquant.model.asked import check_spelling
 from clipquant.model.auto import check_auto, check_smallest
 from clipquant.model.entry import quantize_by
+from clipquant.quant.codes.coding import check_coding
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.methods import Method
 from clipquant.quant.network.calibration import Calibration
@@ -84,6 +85,10 @@ class QuantizeOnFitEnd(Callback):
             "onnx-int8" (`model.int8.onnx`), "onnx-nbits" (`model.nbits.onnx`),
             "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
+        coding: How the file holds codes: "dense"; "entropy", each weight in an entropy code where that is
+            smaller, which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where
+            that extra is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is
+            coded.
         on_fail: Whether a missed budget, or a step that fails after training, is an error once all that could
             be done is on disk ("raise"), or a warning that says what was done instead ("warn").
 
@@ -120,6 +125,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
         export: list[str | Format] | None = None,
+        coding: Literal["dense", "entropy", "auto"] = "dense",
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
         check_spelling(method)
@@ -130,6 +136,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         check_choice("mode", mode, ("min", "max", None))
         check_budgets(bits, max_drop, max_size)
         check_calibration(calibration_batches, method)
+        check_coding(coding)
         if bits == "auto":
             check_auto(max_drop, max_size, recipe)
         self.settings = Settings(
@@ -142,6 +149,7 @@ bits='auto' with max_drop or max_size to have it chosen.
             mode,
             weights,
             check_formats(export, calibration_batches),
+            coding,
         )
         self.on_fail = on_fail
         self.dirpath = dirpath
@@ -165,6 +173,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = trainer.num_sanity_val_steps == 0  # a dry run among them
         check_others(self, _quantizers(trainer))
         check_installed(self.settings.export)
+        check_coding(self.settings.coding)
         refuse_shards(trainer)
         if self.settings.weights == "best":
             check_best(trainer)

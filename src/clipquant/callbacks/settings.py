@@ -15,6 +15,7 @@ from clipquant.callbacks.watch import Watch, watch
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits
+from clipquant.quant.codes.coding import Coding
 from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.recipe import Recipe
 from clipquant.report.record import Budget, QuantizationReport, Trial
@@ -34,6 +35,7 @@ class Settings:
         mode: Which way it is better.
         weights: "last" or "best".
         export: Further formats.
+        coding: How the file holds codes.
         float_metrics: What the float network's validation logged where bits were chosen during the fit.
     """
 
@@ -46,6 +48,7 @@ class Settings:
     mode: str | None
     weights: str
     export: tuple[Format, ...]
+    coding: Coding = "dense"
     float_metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -88,7 +91,8 @@ class Settings:
     def goal(self, trainer: pl.Trainer, natures: Natures) -> AutoBits:
         """Return the budgets, and the metric that judges."""
         by = self.watch(trainer, natures)
-        return AutoBits(self.max_drop, self.max_size, by.name, by.mode or "min", self.recipe)
+        mode = by.mode or "min"
+        return AutoBits(self.max_drop, self.max_size, by.name, mode, self.recipe, self.coding)
 
     def line(self, path: str = "model.safetensors") -> str:
         """Return the line of code that quantizes the module later."""

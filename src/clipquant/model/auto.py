@@ -19,6 +19,7 @@ from clipquant.budget.goal import (
 )
 from clipquant.errors import ArgumentError
 from clipquant.model.quantized import QuantizedModel, make_report
+from clipquant.quant.codes.coding import Coding, with_coding
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Target, check_finite
@@ -37,6 +38,7 @@ class AutoBits:
         monitor: The metric.
         mode: Whether it is better when smaller ("min") or larger ("max").
         recipe: The other settings; its bits are not read.
+        coding: How the file holds codes.
     """
 
     max_drop: float | None
@@ -44,6 +46,7 @@ class AutoBits:
     monitor: str
     mode: str
     recipe: Recipe = field(default_factory=Recipe)
+    coding: Coding = "dense"
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,13 @@ def quantize_auto(
     spare = spare_bytes(len(seen.fisher), before, most)
 
     def size_of(weights: QuantizedWeights) -> int:
-        return serialized_size(weights, describe(base))
+        return serialized_size(with_coding(weights, goal.coding), describe(base))
 
     asked = Goal(goal.max_drop, most, goal.monitor, goal.mode)
     allocation = meet(asked, rows, size_of, before, judge, spare)
-    report = make_report(allocation.weights, model, rows.sensitivities(allocation.bits))
-    made = QuantizedModel(allocation.weights, report).reported(
+    weights = with_coding(allocation.weights, goal.coding)
+    report = make_report(weights, model, rows.sensitivities(allocation.bits))
+    made = QuantizedModel(weights, report).reported(
         float_metrics=dict(before),
         quantized_metrics=dict(allocation.metrics),
         monitor=goal.monitor if before else None,

@@ -44,11 +44,13 @@ class LayerRecord:
         method: What chose the codes.
         sqnr_db: Signal to quantization noise, 10 log10(sum w^2 / sum (w - w_q)^2), in dB;
             infinite where nothing was lost.
-        bytes: Of its codes, scales and zeros.
+        bytes: Of its codes, scales and zeros in the file.
         note: What the reader should know, such as a fallback.
         sensitivity: Expected increase of the loss by its rounding, where it was estimated.
         rows: Width of a code -> output channels that have it.
         histogram: Of the float weights.
+        coded_bits: What a code takes in the file's entropy code, on average; None: codes are dense.
+        entropy: Of its codes, bits a code, where they are in an entropy code and were looked at.
     """
 
     name: str
@@ -61,6 +63,8 @@ class LayerRecord:
     sensitivity: float | None = None
     rows: Mapping[int, int] = field(default_factory=dict)
     histogram: Histogram | None = None
+    coded_bits: float | None = None
+    entropy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ def _places(module: Any, d: int, size: int) -> int:
     """Return the positions along one axis at which a convolution puts out something."""
     reach = module.dilation[d] * (module.kernel_size[d] - 1) + 1
     if isinstance(module, _TRANSPOSED):
-        pads = 2 * module.padding[d] - module.output_padding[d]
+        padding: Any = module.padding  # of these never a word
+        pads = 2 * padding[d] - module.output_padding[d]
         return int((size - 1) * module.stride[d] + reach - pads)
     pads = sum(module._reversed_padding_repeated_twice[::-1][2 * d : 2 * d + 2])
     return int((size + pads - reach) // module.stride[d] + 1)
