@@ -20,6 +20,7 @@ from clipquant.callbacks.failures import Failure, Failures
 from clipquant.callbacks.folder import FILE
 from clipquant.callbacks.ladder import Rung, climb_down, data_free_rungs
 from clipquant.callbacks.loggers import log_report
+from clipquant.callbacks.qat_auto import budgeted
 from clipquant.callbacks.rehearsal import FINDING
 from clipquant.callbacks.road.calibration import (
     Found,
@@ -104,6 +105,8 @@ class FitEnd:
             made = climb_down(rungs, road.guest, self.failures, self.settings.line)
             if made is not None:
                 made = self._reported(road, self._coded(made), before)
+                if self.settings.auto and self.settings.recipe.trained:
+                    made = budgeted(made, self.settings, self.settings.float_metrics)
                 made, path = self._saved(made)
                 made = self._completed(road, found, made, path)
         return self._ended(made, path)

@@ -269,7 +269,7 @@ bits='auto' with max_drop or max_size to have it chosen.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize, judge, write, and only then load the dequantized weights into the module."""
         self._ended = True
-        self._asked = self.settings.taking_over(finish_training(trainer, pl_module))
+        self._asked = self.settings.taking_over(*finish_training(trainer, pl_module))
         if trainer.global_step == 0:
             warn("No optimizer step was taken: QuantizeOnFitEnd quantizes weights as given.")
         with leaving():
