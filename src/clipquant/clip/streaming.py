@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
+from clipquant.clip.later import Later
 from clipquant.clip.measured import Measured
 from clipquant.clip.norms import flat, norms_of_rows, vector_norm
 from clipquant.clip.outcome import Outcome
@@ -28,6 +29,8 @@ def as_vectors(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     for tensor in tensors:
         if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return None
+        if tensor.is_inference():
+            return None
         vector = flat(tensor) if tensor.layout is torch.strided else None
         if vector is None:
             return None
@@ -41,21 +44,23 @@ class Clamping:
     Args:
         limit: Largest magnitude of an element.
         leave: Whether pieces with a non-finite element are left as they are.
-        measure: Whether to sum the squares before and after.
+        measure: Whether to sum the squares before.
+        again: Whether to sum the squares after.
         count: Number of vectors.
     """
 
-    def __init__(self, limit: float, leave: bool, measure: bool, count: int) -> None:
-        self.limit, self.leave, self.measure = limit, leave, measure
+    def __init__(self, limit: float, leave: bool, measure: bool, again: bool, count: int) -> None:
+        self.limit, self.leave, self.measure, self.again = limit, leave, measure, again
         self.clipped, self.finite = False, True
         self.before, self.after = [0.0] * count, [0.0] * count
 
-    def outcome(self) -> Outcome:
-        """Return what it came to."""
+    def outcome(self, tensors: Sequence[Tensor]) -> Outcome:
+        """Return what it came to for these tensors, which the vectors share their memory with."""
         if not self.measure:
             return Outcome(self.clipped, self.finite)
-        before = Measured(_roots(self.before), 2.0)
-        after = Measured(_roots(self.after), 2.0) if self.clipped else before
+        before = after = Measured(_roots(self.before), 2.0)
+        if self.clipped:
+            after = Measured(_roots(self.after), 2.0) if self.again else Later(tensors)
         return Outcome(self.clipped, self.finite, before, after)
 
     def large_(self, owner: int, vector: Tensor) -> None:
@@ -66,7 +71,7 @@ class Clamping:
             if not within:
                 piece.clamp_(-self.limit, self.limit)
                 self.clipped = True
-                square = _square(piece) if self.measure else 0.0
+                square = _square(piece) if self.again else 0.0
             self.after[owner] += square
 
     def _look(self, piece: Tensor) -> tuple[bool, float]:
@@ -103,7 +108,7 @@ class Clamping:
         if self.measure:
             before = _squares(joined, vectors)
             after = before
-            if not within:
+            if self.again and not within:
                 after = _squares(joined.clamp(-self.limit, self.limit), vectors)
             for owner, old, new in zip(owners, before, after, strict=True):
                 self.before[owner], self.after[owner] = old, new
@@ -113,30 +118,36 @@ class Clamping:
             self.clipped = True
 
 
-def clamp_vectors_(vectors: Sequence[Tensor], limit: float, leave: bool, measure: bool) -> Outcome:
-    """Clamp every element of float32 vectors of a CPU in place.
+def clamp_plain_(
+    tensors: Sequence[Tensor], limit: float, leave: bool, measure: bool, later: bool
+) -> Outcome | None:
+    """Clamp every element of float32 tensors of a CPU in place.
 
     Args:
-        vectors: The vectors.
+        tensors: Gradients.
         limit: Largest magnitude of an element.
         leave: Whether what is not finite is left as it is.
         measure: Whether to return norms of order 2.
+        later: Whether norms after clipping may be left to whoever reads them, while the gradients are there.
 
     Returns:
-        The outcome on this process.
+        The outcome on this process; None, and nothing changed, where a tensor is of another kind.
 
     Example:
-        >>> vector = torch.tensor([3.0, 0.5])
-        >>> clamp_vectors_([vector], 1.0, leave=True, measure=False).clipped, vector
+        >>> gradient = torch.tensor([3.0, 0.5])
+        >>> clamp_plain_([gradient], 1.0, True, False, False).clipped, gradient
         (True, tensor([1.0000, 0.5000]))
     """
-    clamping = Clamping(limit, leave, measure, len(vectors))
+    vectors = as_vectors(tensors)
+    if vectors is None:
+        return None
+    clamping = Clamping(limit, leave, measure, measure and not later, len(vectors))
     for owners in _chunks([vector.numel() for vector in vectors]):
         clamping.tiny_(owners, [vectors[owner] for owner in owners])
     for i, vector in enumerate(vectors):
         if vector.numel() > _TINY:
             clamping.large_(i, vector)
-    return clamping.outcome()
+    return clamping.outcome(tensors)
 
 
 def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
