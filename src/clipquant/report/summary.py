@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from clipquant.report.digits import pair, size
+from clipquant.report.digits import change_said, measured, pair, size
 from clipquant.report.plots import counted
 from clipquant.report.record import QuantizationReport, drop_of, ratio_said
 from clipquant.report.text import escape
@@ -18,8 +18,7 @@ SEARCH_HEADER = ("tried", "bytes", "metric", "drop", "")
 
 def figures_of(report: QuantizationReport) -> list[tuple[str, ...]]:
     """Return the rows (what, float, quantized, change): the metric that judges first, then sizes."""
-    names = sorted(report.float_metrics, key=lambda name: name != report.monitor)
-    rows = [_metric_row(report, name) for name in names]
+    rows = [_metric_row(report, name) for name in report.metric_names]
     if not rows:
         rows = [("metric", "-", "-", "not judged")]
     sizes = (f"{report.float_bytes:,}", f"{report.size_bytes:,}")
@@ -32,7 +31,9 @@ def figures_of(report: QuantizationReport) -> list[tuple[str, ...]]:
 
 
 def _metric_row(report: QuantizationReport, name: str) -> tuple[str, ...]:
-    before, after = report.float_metrics[name], report.quantized_metrics.get(name, math.nan)
+    before, after = (
+        metrics.get(name, math.nan) for metrics in (report.float_metrics, report.quantized_metrics)
+    )
     label = f"{name} (monitored)" if name == report.monitor else name
     return label, *pair(before, after), _change(report, name, before, after)
 
@@ -42,12 +43,11 @@ def _change(report: QuantizationReport, name: str, before: float, after: float) 
     change = after - before
     if not math.isfinite(change):
         return "-"
-    if change == 0:
+    if change == 0 and (name != report.monitor or not report.drop_error):
         return "unchanged"
     if name != report.monitor or report.mode is None:
         return f"{change:+.2g}"
-    drop = drop_of(before, after, report.mode)
-    return f"{'worse' if drop > 0 else 'better'} by {abs(drop):.2g}"
+    return change_said(drop_of(before, after, report.mode), report.drop_error, digits=2)
 
 
 def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
@@ -58,7 +58,8 @@ def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
         value, drop = "-", "-"
         if trial.value is not None:
             value = f"{trial.value:.4g}"
-            drop = "-" if before is None else f"{drop_of(before, trial.value, report.mode):.2g}"
+            lost = None if before is None else drop_of(before, trial.value, report.mode)
+            drop = "-" if lost is None else measured(lost, trial.error, 2)
         what = "bits for each row" if trial.what == "rows" else "one width for all"
         rows.append((what, f"{trial.size_bytes:,}", value, drop, "chosen" if trial.chosen else ""))
     return rows
