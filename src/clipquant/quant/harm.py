@@ -13,7 +13,7 @@ from clipquant.quant.codes.granularity import NORMAL, SHORT
 from clipquant.quant.methods.base import Found, Problem, matrix_of
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import bias_of
-from clipquant.quant.network.moments import inputs_met
+from clipquant.quant.network.moments import inputs_met, places_of
 from clipquant.quant.network.patches import patches
 from clipquant.quant.network.twin import Twin
 
@@ -72,9 +72,10 @@ def output_errors(
         for t in problem.targets
     }
     sums = {name: _Difference() for name in held}
+    places = places_of(exact, problem.targets)
 
     def visit(number: int, batch: Any) -> None:
-        floats, others = inputs_met((exact, rounded), problem.targets, batch, calibration, number)
+        floats, others = inputs_met((exact, rounded), places, batch, calibration, number)
         for name, inputs in others.items():
             for (place, x), (_, f) in zip(inputs, floats.get(name, ()), strict=False):
                 for a, b in zip(patches(place, x), patches(place, f), strict=True):

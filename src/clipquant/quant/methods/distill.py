@@ -155,10 +155,10 @@ class _Course:
 
     def order(self) -> list[int]:
         """Return the numbers of the batches in an order drawn anew for each pass, one for each step."""
-        generator = torch.Generator().manual_seed(self.knobs.seed)
+        generator = torch.Generator("cpu").manual_seed(self.knobs.seed)
         found: list[int] = []
         while len(found) < self.steps:
-            drawn = torch.randperm(len(self.batches), generator=generator).tolist()
+            drawn = torch.randperm(len(self.batches), generator=generator, device="cpu").tolist()
             found += [self.batches[i] for i in drawn]
         return found[: self.steps]
 
