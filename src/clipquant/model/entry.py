@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clipquant.artifact import load_state
 from clipquant.errors import ArgumentError
-from clipquant.model.asked import as_batches, check_model, check_spelling
+from clipquant.model.asked import as_batches, check_model, check_spelling, with_teacher
 from clipquant.model.auto import AutoBits, Seen, check_auto, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.quant.codes.coding import Coding, check_coding
@@ -143,7 +143,7 @@ def quantize_by(
             and ends as it was.
         calibration: Batches, and how to run them.
     """
-    weights = quantize_weights(model, recipe, calibration)
+    weights = quantize_weights(model, with_teacher(recipe, model), calibration)
     return QuantizedModel(weights, make_report(weights, model))
 
 
