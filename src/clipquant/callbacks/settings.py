@@ -35,6 +35,7 @@ class Settings:
         mode: Which way it is better.
         weights: "last" or "best".
         export: Further formats.
+        confidence: How sure it must be that `max_drop` is kept; None: within one standard error.
         coding: How the file holds codes.
         float_metrics: What the float network's validation logged where bits were chosen during the fit.
     """
@@ -48,6 +49,7 @@ class Settings:
     mode: str | None
     weights: str
     export: tuple[Format, ...]
+    confidence: float | None = None
     coding: Coding = "dense"
     float_metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -91,8 +93,15 @@ class Settings:
     def goal(self, trainer: pl.Trainer, natures: Natures) -> AutoBits:
         """Return the budgets, and the metric that judges."""
         by = self.watch(trainer, natures)
-        mode = by.mode or "min"
-        return AutoBits(self.max_drop, self.max_size, by.name, mode, self.recipe, self.coding)
+        return AutoBits(
+            self.max_drop,
+            self.max_size,
+            by.name,
+            by.mode or "min",
+            self.recipe,
+            self.confidence,
+            self.coding,
+        )
 
     def line(self, path: str = "model.safetensors") -> str:
         """Return the line of code that quantizes the module later."""
