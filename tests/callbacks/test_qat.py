@@ -296,8 +296,7 @@ def test_averaged_weights_are_put_on_the_grid(tmp_path):
     assert callback.report.quantized_metrics == seen
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_module_computes_with_codes(backend, tmp_path):
+def test_a_compiled_module_computes_with_codes(tmp_path):
     torch.manual_seed(0)
     model = Small()
     seen = []
@@ -319,7 +318,7 @@ def test_a_compiled_module_computes_with_codes(backend, tmp_path):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     plain = losses(model)
     model.load_state_dict(start)
-    compiled = losses(torch.compile(model, backend=backend))
+    compiled = losses(torch.compile(model, backend="aot_eager"))
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
 
