@@ -94,7 +94,9 @@ class _Run:
         steps = list(_steps(own, seen))
         for number, group in enumerate(steps):
             calibration.tell(group[0].name, number, len(steps))
-            moments = observe((self.exact, self.rounded), group, calibration, hold_apart=True, few=True)
+            moments = observe(
+                (self.exact, self.rounded), group, calibration, hold_apart=True, few=True
+            )
             for target in group:
                 self._solve_(target, moments[target.name])
         return Found(self.codes, self.methods, self.biases, self.notes)
