@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from itertools import zip_longest
 
 from clipquant.report.digits import pair
-from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows
+from clipquant.report.exports import export_remarks, export_table
 from clipquant.report.fitting import fit_table
 from clipquant.report.naming import distinct
 from clipquant.report.record import LayerRecord, QuantizationReport
@@ -102,7 +102,7 @@ def print_summary(report: QuantizationReport, said: Sequence[str] = ()) -> None:
         print_table("Search", SEARCH_HEADER, search_rows(report))
     told = [export for export in report.exports if not export["error"]]
     if told:
-        print_table("Exports", EXPORT_HEADER, export_rows(report))
+        print_table("Exports", *export_table(report))
     for remark in export_remarks(report):
         if not remark.failed:
             print("Export " + "\n  ".join(map(shown, remark.lines)))
