@@ -50,6 +50,8 @@ REASONS = {
     "export/parts/needs.py": "export/test_formats.py: what is missing is named",
     "export/parts/onnx_graph.py": "export/test_onnx.py and test_onnx_int8.py: every file is made of it",
     "export/parts/subject.py": "records; export/test_formats.py shows what they refuse",
+    "quant/codes/adaptive.py": "quant/codes/test_entropy.py: what is foretold, and every stream by it",
+    "quant/codes/lines.py": "quant/codes/test_entropy.py: matrices to lines and back",
     "quant/codes/layout.py": "quant/codes/test_ranges.py: every layout there and back",
     "quant/codes/tensor.py": "quant/codes/test_ranges.py and test_pack.py: codes there and back",
     "quant/codes/weights.py": "quant/test_quantize.py: a whole model's weights",
