@@ -137,7 +137,7 @@ def _runner(base: type[nn.RNNBase]) -> Callable[..., Any]:
 
 def _forget(layer: nn.RNNBase) -> None:
     """Empty a recurrent layer's list of weights; places stay, for hooks that rebuild one write to it."""
-    layer._flat_weights = [None] * len(layer._flat_weights_names)  # type: ignore[list-item]
+    layer._flat_weights = [None] * len(layer._flat_weights_names)
 
 
 def _keep(self: nn.RNNBase) -> None:
