@@ -21,7 +21,7 @@ from clipquant.budget.goal import (
 )
 from clipquant.errors import ArgumentError
 from clipquant.model.quantized import QuantizedModel, make_report
-from clipquant.quant.codes.coding import Coding, with_coding
+from clipquant.quant.codes.coding import Coding, is_coded, with_coding
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.harm import allocated_errors
 from clipquant.quant.network.calibration import Calibration
@@ -97,6 +97,7 @@ def quantize_auto(
         seen.calibration,
         group_size=_group_size(goal),
         fixed=_given_widths(selection.targets, goal.recipe),
+        coded=is_coded(goal.coding),
     )
     base = replace(
         make_report(rows.weights(rows.uniform(8)), model),
