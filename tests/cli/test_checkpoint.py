@@ -28,11 +28,14 @@ def config(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_file_is_the_one_of_the_fits_end_and_nothing_is_trained(tmp_path, config):
+def test_the_file_is_the_one_of_the_fits_end_and_nothing_is_trained(tmp_path, config, caplog):
     path = config("{class_path: QuantizeOnFitEnd, init_args: {bits: 8}}")
     assert main(["fit", "--config", path]) == 0
     (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    assert "`max_steps=3` reached" in caplog.text
+    caplog.clear()
     assert main(["quantize", "--config", path, "--ckpt_path", str(checkpoint)]) == 0
+    assert "reached" not in caplog.text
     first, second = (
         tmp_path / "lightning_logs" / f"version_{run}" / "quantized" / "model.safetensors"
         for run in (0, 1)
