@@ -26,12 +26,15 @@ def _unsaid(line: str) -> Iterator[None]:
     def keep(record: logging.LogRecord) -> bool:
         return record.getMessage() != line
 
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(keep)
+    packages = ("lightning.pytorch", "pytorch_lightning")  # the one imported last speaks for both
+    loggers = [logging.getLogger(f"{package}.utilities.rank_zero") for package in packages]
+    for logger in loggers:
+        logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 class CheckpointTrainer(Trainer):
