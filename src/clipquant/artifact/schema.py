@@ -273,12 +273,15 @@ def _read_coding(about: Mapping[str, Any], at: str, version: int) -> bool:
 
 def _read_layout(about: Mapping[str, Any], at: str) -> Layout:
     form = _paid(shape(about.get("shape"), f"{at}.shape"), f"{at}.shape")
-    axis = whole(about.get("axis", 0), f"{at}.axis", 0, 1)
-    if len(form) <= axis:
-        raise fault(f"{at}.shape", f"of {axis + 1} axes or more", form)
-    most = max(form[0], 1) if axis else _GROUPS
+    axis = whole(about.get("axis", 0), f"{at}.axis", -2, 1)
+    least = 3 if axis < 0 else axis + 1  # of a stack, one axis more than its matrices have
+    if len(form) < least:
+        raise fault(f"{at}.shape", f"of {least} axes or more", form)
+    if axis < 0 and 0 in form:
+        raise fault(f"{at}.shape", "of axes of 1 or more", form)
+    most = max(form[0], 1) if axis == 1 else 1 if axis < 0 else _GROUPS
     groups = whole(about.get("groups", 1), f"{at}.groups", 1, most)
-    if axis and form[0] % groups:
+    if axis == 1 and form[0] % groups:
         raise fault(f"{at}.groups", f"a divisor of {form[0]}", groups)
     return Layout(form, axis, groups)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from clipquant.callbacks.clip_scaler import scaler_of
 from clipquant.callbacks.course import as_share, check_course, share_done
 from clipquant.callbacks.lightning import Callback
+from clipquant.callbacks.qat_auto import choose_grids
 from clipquant.callbacks.qat_checks import (
     as_weight,
     check_beside,
@@ -27,6 +29,7 @@ from clipquant.callbacks.road.guest import copy_module
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.paths import parameter_at
+from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.codes.zeros import is_pruned, with_zero
@@ -36,6 +39,8 @@ from clipquant.quant.training.grid_steps import GridSteps
 from clipquant.quant.training.learned_grid import LearnedGrid, first_grid
 from clipquant.quant.training.swap import put_on, take_off
 from clipquant.quant.training.tutor import Tutor
+
+CALIBRATION_BATCHES = 16  # the last ones before the start, by which bits="auto" chooses
 
 
 class QuantizationAwareTraining(Callback):
@@ -47,7 +52,8 @@ class QuantizationAwareTraining(Callback):
     that what was trained is what is written.
 
     Args:
-        bits: Width of a code, 1 to 8.
+        bits: Width of a code, 1 to 8; "auto": for each output channel what the budgets of a
+            `QuantizeOnFitEnd(bits="auto")` in the same Trainer choose at the start.
         start: Share of the fit, 0 to 1, after which weights are quantized; 0: from the first step on.
         learn_scale: Whether scales and zeros of the grids are trained too, by an Adam of their own whose rate
             follows the module's first optimizer; False: they stay as they are found at the start.
@@ -80,7 +86,7 @@ class QuantizationAwareTraining(Callback):
 
     def __init__(
         self,
-        bits: int = 4,
+        bits: int | Literal["auto"] = 4,
         *,
         start: float = 0.5,
         learn_scale: bool = True,
@@ -92,13 +98,17 @@ class QuantizationAwareTraining(Callback):
         levels: int | None = None,
         symmetric: bool | None = None,
     ) -> None:
+        self.auto = bits == "auto"
+        width = MAX_BITS if bits == "auto" else bits
         self.recipe = Recipe(
-            bits, levels, symmetric, granularity, "rtn", include, exclude, overrides
+            width, levels, symmetric, granularity, "rtn", include, exclude, overrides
         )
         self.start = as_share("start", start)
         self.learn_scale = bool(learn_scale)
         self.distill = as_weight(distill)
         self.trained: Mapping[str, TrainedGrid] = {}
+        self.float_metrics: Mapping[str, float] = {}
+        self._batches: deque[Any] = deque(maxlen=CALIBRATION_BATCHES)
         self._grids: dict[str, LearnedGrid] = {}
         self._steps: GridSteps | None = None
         self._tutor: Tutor | None = None
@@ -110,7 +120,7 @@ class QuantizationAwareTraining(Callback):
         self._forget_()
         if stage != "fit":
             return
-        self.trained = {}
+        self.trained, self.float_metrics = {}, {}
         check_course(trainer, "start", self.start)
         check_beside(self, trainer)
 
@@ -130,6 +140,8 @@ class QuantizationAwareTraining(Callback):
             done = share_done(trainer)
             if done is None:
                 check_course(trainer, "start", self.start)
+            if self.auto:
+                self._batches.append(batch)
             if self.start == 0 or (done is not None and done >= self.start):
                 self._begin_(trainer, pl_module)
         if self._tutor is not None:
@@ -197,7 +209,11 @@ class QuantizationAwareTraining(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: the grids, their optimizer's state, and what was asked."""
-        state: dict[str, Any] = {"settings": settings_of(self), "peaks": dict(self._peaks)}
+        state: dict[str, Any] = {
+            "settings": settings_of(self),
+            "peaks": dict(self._peaks),
+            "float_metrics": dict(self.float_metrics),
+        }
         grids = {name: grid.state_dict() for name, grid in self._grids.items()}
         if not grids and self.trained:
             return state | {
@@ -212,6 +228,7 @@ class QuantizationAwareTraining(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
         self._peaks = dict(state_dict.get("peaks", {}))
+        self.float_metrics = dict(state_dict.get("float_metrics", {}))
 
     def _targets(self, pl_module: pl.LightningModule) -> list[Target]:
         return list(self.recipe.select(pl_module).targets)
@@ -222,16 +239,24 @@ class QuantizationAwareTraining(Callback):
         check_zero_codes(self, trainer, pl_module, targets)
         if self.distill:
             self._tutor = self._tutor_of(pl_module)
-        specs, masked = self.recipe.specs(targets), pruned_names(trainer, pl_module)
-        for target in targets:
-            spec = specs[target.name]
-            if self.recipe.symmetric is None and (
-                target.name in masked or is_pruned(target.weight)
-            ):
-                spec = with_zero(spec)
-            first = first_grid(target.weight, target.layout, spec)
-            self._grids[target.name] = LearnedGrid.of(first, self.learn_scale)
+        for name, first in self._first_grids(trainer, pl_module, targets).items():
+            self._grids[name] = LearnedGrid.of(first, self.learn_scale)
+        self._batches.clear()
         self._put_on_(pl_module)
+
+    def _first_grids(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: list[Target]
+    ) -> Mapping[str, TrainedGrid]:
+        """Return the grids to begin with."""
+        if self.auto:
+            chosen = choose_grids(trainer, pl_module, list(self._batches))
+            self.float_metrics = chosen.metrics
+            return chosen.grids
+        specs, masked = self.recipe.specs(targets), pruned_names(trainer, pl_module)
+        if self.recipe.symmetric is None:
+            zeros = [t.name for t in targets if t.name in masked or is_pruned(t.weight)]
+            specs |= {name: with_zero(specs[name]) for name in zeros}
+        return {t.name: first_grid(t.weight, t.layout, specs[t.name]) for t in targets}
 
     def _go_on_(self, pl_module: pl.LightningModule, targets: list[Target]) -> None:
         """Go on with the grids of a checkpoint."""

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from clipquant.callbacks.lightning import package_of
+from clipquant.callbacks.qat_auto import budgets_of
 from clipquant.callbacks.settings import Settings
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.spec import MAX_BITS
@@ -48,6 +49,11 @@ def check_beside(callback: Any, trainer: pl.Trainer) -> None:
             f"{_NAME} needs weights under their own names, and ModelPruning keeps them as weight_orig and a mask. "
             "Prune with SparsifyWeights, or in a fit before."
         )
+    if callback.auto and budgets_of(trainer) is None:
+        raise ArgumentError(
+            f"{_NAME}(bits='auto') trains the bits that budgets choose, and there are none. Add "
+            "QuantizeOnFitEnd(bits='auto', max_size=...) or max_drop=..., or give bits as a number."
+        )
     for other in callbacks:
         settings = getattr(other, "settings", None)
         if isinstance(settings, Settings):
@@ -56,10 +62,12 @@ def check_beside(callback: Any, trainer: pl.Trainer) -> None:
 
 def _check_quantizer(callback: Any, settings: Settings) -> None:
     bits, own = settings.recipe.bits, callback.recipe.bits
+    if callback.auto:
+        return
     if settings.auto:
         raise ArgumentError(
-            f"bits='auto' chooses other grids than those that {_NAME}(bits={own}) trains. Give QuantizeOnFitEnd no "
-            "bits: the file holds what was trained."
+            f"bits='auto' chooses other grids than those that {_NAME}(bits={own}) trains. Give both "
+            "bits='auto', or QuantizeOnFitEnd no bits: the file holds what was trained."
         )
     if bits not in (own, MAX_BITS):
         raise ArgumentError(
@@ -92,6 +100,8 @@ def check_zero_codes(
     callback: Any, trainer: pl.Trainer, module: nn.Module, targets: Sequence[Target]
 ) -> None:
     """Raise where weights that are pruned would be trained on a grid without an exact zero."""
+    if callback.auto:
+        return  # whose grids keep zeros
     specs, symmetric = callback.recipe.specs(targets), callback.recipe.symmetric
     for name in sorted(pruned_names(trainer, module) & specs.keys()):
         spec = with_zero(specs[name]) if symmetric is None else specs[name]
@@ -108,7 +118,7 @@ def settings_of(callback: Any) -> dict[str, Any]:
     """Return what tells grids apart, as a checkpoint holds it."""
     recipe = callback.recipe
     return {
-        "bits": recipe.bits,
+        "bits": "auto" if callback.auto else recipe.bits,
         "levels": recipe.levels,
         "symmetric": recipe.symmetric,
         "granularity": recipe.granularity,

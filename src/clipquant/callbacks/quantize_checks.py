@@ -40,19 +40,6 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
-    """Raise unless budgets and bits="auto" come together."""
-    given = {"max_drop": max_drop, "max_size": max_size}
-    named = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
-    if bits != "auto" and named:
-        raise ArgumentError(
-            f"a budget needs bits='auto', which chooses the bits by it; got bits={bits!r} with "
-            f"{named}. Set bits='auto', or leave the budget out."
-        )
-    if bits == "auto" and not named:
-        raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
-
-
 def check_calibration(calibration_batches: int, method: str | Method) -> None:
     """Raise unless the count is one, and not 0 where the method calibrates.
 
@@ -76,15 +63,27 @@ to 1 or more, or choose \
         )
 
 
-def refuse_shards(trainer: pl.Trainer) -> None:
-    """Refuse strategies after which no process holds whole weights."""
-    own = package_of(trainer).strategies
-    kinds = (own.FSDPStrategy, own.ModelParallelStrategy, own.DeepSpeedStrategy)
-    if isinstance(trainer.strategy, kinds):
+def check_strategy(trainer: pl.Trainer, weights: str) -> None:
+    """Raise for strategies that keep weights in parts which cannot be gathered.
+
+    Args:
+        trainer: About to fit.
+        weights: "last" or "best".
+
+    Raises:
+        ArgumentError: Naming the strategy, its setting and the remedy.
+    """
+    own, strategy = package_of(trainer).strategies, trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy, own.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         raise ArgumentError(
-            "QuantizeOnFitEnd needs whole weights at fit end; "
-            f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
-            "device, or call clipquant.quantize() on the consolidated checkpoint."
+            "QuantizeOnFitEnd gathers each parameter under its own name; got "
+            f"{name}(use_orig_params=False), which keeps none. Leave use_orig_params out."
+        )
+    if isinstance(strategy, own.DeepSpeedStrategy) and weights == "best":
+        raise ArgumentError(
+            f"weights='best' reads a checkpoint as a whole, and those of {name} are in parts for its engine alone. "
+            "Use weights='last'."
         )
 
 

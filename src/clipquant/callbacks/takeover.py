@@ -16,14 +16,19 @@ from clipquant.quant.training.learned_grid import LearnedGrid
 SAID = "no batch: codes and grids are those of the training"
 
 
-def finish_training(trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, TrainedGrid]:
+def finish_training(
+    trainer: pl.Trainer, module: pl.LightningModule
+) -> tuple[Mapping[str, TrainedGrid], Mapping[str, float]]:
     """End whatever trains weights in another form; return the grids that were trained, none where nobody did.
+
+    Beside them the metrics of the float network, where bits were chosen by them during the fit.
 
     Args:
         trainer: The Trainer whose fit has ended.
         module: Its module, which holds the values that were trained afterwards.
     """
     trained: dict[str, TrainedGrid] = {}
+    before: dict[str, float] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         finish = getattr(callback, "finish", None)
         if callable(finish) and hasattr(callback, "pruned_names_in"):
@@ -31,7 +36,8 @@ def finish_training(trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, QuantizationAwareTraining):
             trained.update(callback.finish(module))
-    return trained
+            before.update(callback.float_metrics)
+    return trained, before
 
 
 def take_from_checkpoint_(

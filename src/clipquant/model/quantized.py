@@ -15,7 +15,7 @@ from clipquant.quant.codes.coding import Coding, with_coding
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.report.files import environment
 from clipquant.report.layers import bits_per_weight, coded_figures, layer_records
-from clipquant.report.record import QuantizationReport
+from clipquant.report.record import LayerRecord, QuantizationReport
 from clipquant.report.stored import describe
 from clipquant.shown import shown
 
@@ -124,11 +124,18 @@ def make_report(
 ) -> QuantizationReport:
     """Return the report of quantized weights beside the float model they came from."""
     state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    unique = {k: v for k, v in state.items() if k not in weights.aliases}
+    float_bytes = sum(v.nbytes for k, v in state.items() if k not in weights.aliases)
+    return report_of(weights, layer_records(weights, state, sensitivities), float_bytes)
+
+
+def report_of(
+    weights: QuantizedWeights, layers: tuple[LayerRecord, ...], float_bytes: int
+) -> QuantizationReport:
+    """Return the report of quantized weights, given what cannot be seen of them: what is lost, layer by layer."""
     report = QuantizationReport(
-        layers=layer_records(weights, state, sensitivities),
+        layers=layers,
         left=weights.left,
-        float_bytes=sum(v.nbytes for v in unique.values()),
+        float_bytes=float_bytes,
         size_bytes=1,
         bits_per_weight=bits_per_weight(weights.tensors.values()),
         environment=environment(),

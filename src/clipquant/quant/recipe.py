@@ -86,7 +86,7 @@ class Recipe:
         that is so of all.
         """
         selection = select(model, self.include, self.exclude)
-        specs = {target.name: self._asked(target) for target in selection.targets}
+        specs = {target.name: self.asked(target) for target in selection.targets}
         larger = {
             target.name: f"would take more bytes as codes: {size:,} against {target.weight.nbytes:,}"
             for target in selection.targets
@@ -102,16 +102,20 @@ class Recipe:
             ValueError: For a glob of `overrides` that matches none of the weights.
         """
         targets = list(targets)
-        check_globs([target.name for target in targets], overrides=self.overrides)
+        self.check_overrides(targets)
         return {target.name: self._spec_of(target) for target in targets}
 
-    def _asked(self, target: Target) -> QuantSpec:
+    def check_overrides(self, targets: Iterable[Target]) -> None:
+        """Raise for a glob of `overrides` that matches none of the weights; their values are not read."""
+        check_globs([target.name for target in targets], overrides=self.overrides)
+
+    def asked(self, target: Target) -> QuantSpec:
         """Return a weight's grid, a scale a channel where nothing else is said."""
         bits = self.override(target.name)
         return self.spec if bits is None else _with_bits(self.spec, bits)
 
     def _spec_of(self, target: Target) -> QuantSpec:
-        spec = self._asked(target)
+        spec = self.asked(target)
         if self.granularity is not None:
             return spec
         matrix = target.layout.fold(target.weight.detach())
@@ -125,8 +129,10 @@ class Recipe:
 
     def reads_data(self, model: nn.Module) -> bool:
         """Return whether batches make a difference: to a weight's method, or to BatchNorm statistics."""
-        specs = self.specs(self.select(model).targets)
-        left = [spec for name, spec in specs.items() if name not in self.trained]
+        targets = self.select(model).targets
+        self.check_overrides(targets)
+        # No value of a weight is looked at.
+        left = [self.asked(target) for target in targets if target.name not in self.trained]
         follows = bool(batch_norms(model)) and not self.trained
         return follows or any(reads_data(self.solver, spec) for spec in left)
 

@@ -39,6 +39,29 @@ class Listed:
             yield self.batches[number]
 
 
+class Portion:
+    """A dataloader in consecutive parts: each iteration goes on where the one before has stopped.
+
+    Args:
+        loader: The dataloader.
+        count: Its batches, as far as they are used.
+        parts: How many parts.
+    """
+
+    def __init__(self, loader: Any, count: int, parts: int) -> None:
+        self.loader, self.part = loader, 0
+        self.ends = [count * part // parts for part in range(parts + 1)]
+        self._batches: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return self.ends[self.part + 1] - self.ends[self.part]
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._batches is None:
+            self._batches = iter(self.loader)
+        yield from islice(self._batches, len(self))
+
+
 def validation_loaders(road: Road) -> Any:
     """Return the validation dataloaders asked anew; None where there are none, or no step to run."""
     if not road.has_step or road.trainer.limit_val_batches == 0:

@@ -44,13 +44,17 @@ class LearnedGrid:
 
         Args:
             first: Where it starts.
-            learn: Whether its scale and zero take gradients.
+            learn: Whether its scale and zero take gradients; zeros that are all whole codes stay, since
+                weights that are exactly 0 may need them.
         """
         wide = torch.promote_types(first.grid.scale.dtype, torch.float32)
         stretch = torch.zeros_like(first.grid.scale, dtype=wide, requires_grad=learn)
         shift = None
         if first.grid.zero is not None:
-            shift = torch.zeros_like(stretch, requires_grad=learn)
+            whole = bool(
+                (first.grid.zero == first.grid.zero.round()).all()
+            )  # an exact zero stays one
+            shift = torch.zeros_like(stretch, requires_grad=learn and not whole)
         return cls(first, stretch, shift)
 
     def leaves(self) -> Iterator[Tensor]:
