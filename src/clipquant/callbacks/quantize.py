@@ -18,7 +18,6 @@ from clipquant.callbacks.fit_end import FitEnd, Outcome
 from clipquant.callbacks.folder import folder_of
 from clipquant.callbacks.lightning import Callback
 from clipquant.callbacks.quantize_checks import (
-    check_budgets,
     check_calibration,
     check_choice,
     check_others,
@@ -30,13 +29,16 @@ from clipquant.callbacks.road.ranks import from_first, leaving, several
 from clipquant.callbacks.settings import Settings
 from clipquant.callbacks.sharding import Sharding, outline, sharding_of, when_train_ends
 from clipquant.callbacks.stopped import checkpoint_of, clear_away, stopped_at_end
+from clipquant.callbacks.takeover import finish_training
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.export import Format
+from clipquant.keywords import OF_QUANTIZING, naming_keywords
 from clipquant.model import QuantizedModel
 from clipquant.model.asked import check_spelling
-from clipquant.model.auto import check_auto, check_smallest
+from clipquant.model.auto import check_auto, check_budgets, check_smallest
 from clipquant.model.entry import quantize_by
+from clipquant.quant.codes.coding import check_coding
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.methods import Method
 from clipquant.quant.network.bare import bare
@@ -86,6 +88,12 @@ class QuantizeOnFitEnd(Callback):
             "onnx-int8" (`model.int8.onnx`), "onnx-nbits" (`model.nbits.onnx`),
             "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
+        confidence: With `max_drop`: how sure it must be, above 0.5 and below 1, that the true drop is within it:
+            validation data are a sample. None: the drop measured and one standard error must be.
+        coding: How the file holds codes: "dense"; "entropy", each weight in an entropy code where that is
+            smaller, which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where
+            that extra is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is
+            coded.
         on_fail: Whether a missed budget, or a step that fails after training, is an error once all that could
             be done is on disk ("raise"), or a warning that says what was done instead ("warn").
 
@@ -103,6 +111,7 @@ class QuantizeOnFitEnd(Callback):
 bits='auto' with max_drop or max_size to have it chosen.
     """
 
+    @naming_keywords(OF_QUANTIZING)
     def __init__(
         self,
         bits: int | Literal["auto"] = 8,
@@ -122,6 +131,8 @@ bits='auto' with max_drop or max_size to have it chosen.
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
         export: list[str | Format] | None = None,
+        confidence: float | None = None,
+        coding: Literal["dense", "entropy", "auto"] = "dense",
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
         check_spelling(method)
@@ -130,10 +141,11 @@ bits='auto' with max_drop or max_size to have it chosen.
         check_choice("weights", weights, ("last", "best"))
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
-        check_budgets(bits, max_drop, max_size)
+        check_budgets(bits, max_drop, max_size, confidence)
         check_calibration(calibration_batches, method)
+        check_coding(coding)
         if bits == "auto":
-            check_auto(max_drop, max_size, recipe)
+            check_auto(max_drop, max_size, recipe, confidence)
         self.settings = Settings(
             recipe,
             bits == "auto",
@@ -144,6 +156,8 @@ bits='auto' with max_drop or max_size to have it chosen.
             mode,
             weights,
             check_formats(export, calibration_batches),
+            confidence,
+            coding,
         )
         self.on_fail = on_fail
         self.dirpath = dirpath
@@ -155,6 +169,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = True
         self._told: frozenset[str] = frozenset()
         self._ended = False
+        self._asked = self.settings  # and what training has left
         self._sharding: Sharding | None = None
         self._token = register(self)
 
@@ -167,6 +182,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = trainer.num_sanity_val_steps == 0  # a dry run among them
         check_others(self, _quantizers(trainer))
         check_installed(self.settings.export)
+        check_coding(self.settings.coding)
         check_strategy(trainer, self.settings.weights)
         self._sharding = None
         if self.settings.weights == "best":
@@ -253,6 +269,7 @@ bits='auto' with max_drop or max_size to have it chosen.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize, judge, write, and only then load the dequantized weights into the module."""
         self._ended = True
+        self._asked = self.settings.taking_over(*finish_training(trainer, pl_module))
         if trainer.global_step == 0:
             warn("No optimizer step was taken: QuantizeOnFitEnd quantizes weights as given.")
         with leaving():
@@ -307,7 +324,7 @@ bits='auto' with max_drop or max_size to have it chosen.
         folder = self._folder or folder_of(trainer, self, _quantizers(trainer))
         shared = (lambda recipe: recipe) if sharding is None else sharding.with_shares
         work = FitEnd(
-            self.settings,
+            self._asked,
             trainer,
             folder,
             lambda recipe, *given: quantize(shared(recipe), *given),

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from clipquant.artifact import claim_folder
 from clipquant.callbacks.lightning import package_of
-from clipquant.errors import ArgumentError
+from clipquant.errors import ArgumentError, PlaceError
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.recipe import data_free
 
@@ -33,24 +33,11 @@ def check_writable(folder: Path) -> None:
     try:
         claim_folder(folder)
     except OSError as error:
-        raise OSError(
+        raise PlaceError(
             error.errno,
             f"QuantizeOnFitEnd cannot write to {str(folder)!r} ({error.strerror}): "
             "set dirpath to a folder that is writable",
         ) from error
-
-
-def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
-    """Raise unless budgets and bits="auto" come together."""
-    given = {"max_drop": max_drop, "max_size": max_size}
-    named = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
-    if bits != "auto" and named:
-        raise ArgumentError(
-            f"a budget needs bits='auto', which chooses the bits by it; got bits={bits!r} with "
-            f"{named}. Set bits='auto', or leave the budget out."
-        )
-    if bits == "auto" and not named:
-        raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
 
 
 def check_calibration(calibration_batches: int, method: str | Method) -> None:
@@ -63,7 +50,7 @@ def check_calibration(calibration_batches: int, method: str | Method) -> None:
 to 1 or more, or choose \
 'rtn', 'mse' or 'hqq'.
     """
-    if calibration_batches != int(calibration_batches) or calibration_batches < 0:
+    if not isinstance(calibration_batches, int) or calibration_batches < 0:
         raise ArgumentError(
             "calibration_batches must be a whole number, 0 or more; got "
             f"{calibration_batches!r}. 0 quantizes without data."

@@ -257,8 +257,8 @@ def _tell_too_large(settings: Settings, needs: tuple[str, ...], size: int, free:
         )
     warn(
         f"QuantizeOnFitEnd: {said}. Instead the weights at the end of training are quantized a layer at a time, each "
-        "by itself, and are not judged and not exported. Later, on a larger machine: clipquant.quantize(module, data=...) "
-        "and clipquant export."
+        "by itself, and are not judged and not exported. Later, on a larger machine: "
+        "clipquant.quantize(module, data=...) and clipquant export."
     )
 
 

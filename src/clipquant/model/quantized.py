@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from clipquant.artifact import load_state, save_artifact, serialized_size
+from clipquant.quant.codes.coding import Coding, with_coding
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.report.files import environment
-from clipquant.report.layers import bits_per_weight, layer_records
+from clipquant.report.layers import bits_per_weight, coded_figures, layer_records
 from clipquant.report.record import LayerRecord, QuantizationReport
 from clipquant.report.stored import describe
 from clipquant.shown import shown
@@ -55,21 +56,43 @@ class QuantizedModel:
         """
         return load_state(model, self.state_dict(), "the quantized model")
 
-    def save(self, path: str | Path) -> Path:
+    def coded(self, coding: Coding) -> QuantizedModel:
+        """Return the same weights with codes that a file holds dense or in an entropy code, and their report.
+
+        Args:
+            coding: "dense", "entropy" or "auto", see `quantize`.
+
+        Raises:
+            ValueError: For anything else.
+            MissingPackageError: For "entropy" without the extra `clipquant[entropy]`.
+        """
+        weights = with_coding(self.weights, coding)
+        layers = tuple(
+            replace(layer, **coded_figures(weights.tensors[layer.name]))
+            for layer in self.report.layers
+        )
+        share = bits_per_weight(weights.tensors.values())
+        return replace(self, weights=weights).reported(layers=layers, bits_per_weight=share)
+
+    def save(self, path: str | Path, *, coding: Coding | None = None) -> Path:
         """Write the file that `load_quantized` reads: whole or not at all.
 
         Args:
             path: Its name.
+            coding: How it holds codes, see `quantize`. None: as the model was quantized.
 
         Returns:
             The path.
 
         Raises:
             OSError: If it cannot be written.
+            MissingPackageError: For coding="entropy" without the extra `clipquant[entropy]`.
 
         Warns:
             UserWarning: If it is larger than the float tensors, with the reason.
         """
+        if coding is not None:
+            return self.coded(coding).save(path)
         written = save_artifact(self.weights, path, describe(self.report))
         size, floats = written.stat().st_size, self.report.float_bytes
         if size > floats:

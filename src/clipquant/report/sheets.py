@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipquant.quant.codes.weights import LeftInFloat
-from clipquant.report.exports import EXPORT_HEADER, export_rows
+from clipquant.report.exports import export_table
 from clipquant.report.plots import counted
 from clipquant.report.record import LayerRecord, QuantizationReport, Trial, drop_of
 from clipquant.report.table import figure
@@ -132,8 +132,8 @@ def _trial(trial: Trial, report: QuantizationReport) -> list[Cell]:
 
 def exports_sheet(report: QuantizationReport) -> str:
     """Return a row an export."""
-    rows = [[Cell(breakable(cell)) for cell in row] for row in export_rows(report)]
-    return sheet(list(map(Column, EXPORT_HEADER)), rows)
+    header, rows = export_table(report)
+    return sheet(list(map(Column, header)), [[Cell(breakable(c)) for c in row] for row in rows])
 
 
 def left_sheets(left: Sequence[LeftInFloat]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from clipquant.report.digits import pair, size
+from clipquant.report.digits import change_said, measured, pair, size
 from clipquant.report.plots import counted
 from clipquant.report.record import QuantizationReport, drop_of, ratio_said
 from clipquant.report.text import escape
@@ -43,12 +43,11 @@ def _change(report: QuantizationReport, name: str, before: float, after: float) 
     change = after - before
     if not math.isfinite(change):
         return "-"
-    if change == 0:
+    if change == 0 and (name != report.monitor or not report.drop_error):
         return "unchanged"
     if name != report.monitor or report.mode is None:
         return f"{change:+.2g}"
-    drop = drop_of(before, after, report.mode)
-    return f"{'worse' if drop > 0 else 'better'} by {abs(drop):.2g}"
+    return change_said(drop_of(before, after, report.mode), report.drop_error, digits=2)
 
 
 def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
@@ -59,7 +58,8 @@ def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
         value, drop = "-", "-"
         if trial.value is not None:
             value = f"{trial.value:.4g}"
-            drop = "-" if before is None else f"{drop_of(before, trial.value, report.mode):.2g}"
+            lost = None if before is None else drop_of(before, trial.value, report.mode)
+            drop = "-" if lost is None else measured(lost, trial.error, 2)
         what = "bits for each row" if trial.what == "rows" else "one width for all"
         rows.append((what, f"{trial.size_bytes:,}", value, drop, "chosen" if trial.chosen else ""))
     return rows

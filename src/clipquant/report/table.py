@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from itertools import zip_longest
 
 from clipquant.report.digits import pair
-from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows
+from clipquant.report.exports import export_remarks, export_table
 from clipquant.report.fitting import fit_table
 from clipquant.report.naming import distinct
 from clipquant.report.record import LayerRecord, QuantizationReport
@@ -37,7 +37,9 @@ def layer_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
         (
             layer.name,
             "x".join(map(str, layer.shape)),
-            f"{layer.bits:.3g}" + (" mixed" if len(layer.rows) > 1 else ""),
+            f"{layer.bits:.3g}"
+            + (" mixed" if len(layer.rows) > 1 else "")
+            + coded_said(layer.coded_bits),
             layer.method,
             figure(layer.sqnr_db, ".1f"),
             figure(layer.sensitivity, ".2e"),
@@ -100,7 +102,7 @@ def print_summary(report: QuantizationReport, said: Sequence[str] = ()) -> None:
         print_table("Search", SEARCH_HEADER, search_rows(report))
     told = [export for export in report.exports if not export["error"]]
     if told:
-        print_table("Exports", EXPORT_HEADER, export_rows(report))
+        print_table("Exports", *export_table(report))
     for remark in export_remarks(report):
         if not remark.failed:
             print("Export " + "\n  ".join(map(shown, remark.lines)))
@@ -176,8 +178,17 @@ def figure(value: float | None, form: str) -> str:
     return "exact" if value == math.inf else format(value, form)
 
 
+def coded_said(bits: float | None) -> str:
+    """Return what a code takes on average in an entropy code, as the end of a text on its width.
+
+    >>> coded_said(1.8036), coded_said(None)
+    (', coded 1.8', '')
+    """
+    return "" if bits is None else f", coded {bits:.3g}"
+
+
 def _brief(layer: LayerRecord | None) -> str:
     if layer is None:
         return "float or absent"
     sqnr = figure(layer.sqnr_db, ".1f")
-    return f"{layer.bits:.3g} bits, {layer.method}, {sqnr} dB, {layer.bytes:,} bytes"
+    return f"{layer.bits:.3g} bits{coded_said(layer.coded_bits)}, {layer.method}, {sqnr} dB, {layer.bytes:,} bytes"

@@ -100,6 +100,7 @@ def _plan_few(error: OutputError, inputs: Tensor) -> Walk:
 
 
 def _factor(matrix: Tensor) -> Tensor:
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(matrix)
     if info.any():
         raise ArgumentError(
@@ -114,7 +115,8 @@ def _solved_few(goal: Tensor, r: Tensor, d: Tensor) -> Tensor:
     some = r.double() / d.sqrt()
     inner = (some @ some.T).add_(torch.eye(len(r), dtype=some.dtype, device=r.device))
     off = torch.cholesky_solve((wide @ r.double().T).T, _factor(inner)).T
-    return wide.sub_((off @ r.double()).div_(d)).to(goal.dtype)
+    wanted: Tensor = wide - (off @ r.double()) / d
+    return wanted.to(goal.dtype)
 
 
 def _blocks(columns: int) -> Sequence[tuple[int, int]]:

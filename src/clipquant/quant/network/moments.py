@@ -16,8 +16,9 @@ from clipquant.quant.network.decisions import Decisions
 from clipquant.quant.network.layers import Target, is_lookup
 from clipquant.quant.network.noise import Noise
 from clipquant.quant.network.patches import patches, positions_of
+from clipquant.quant.network.replay import Key, Replay
 from clipquant.quant.network.twin import Twin
-from clipquant.quant.network.watches import watched_calls, watches_of
+from clipquant.quant.network.watches import Watch, watched_calls, watches_of
 
 HESSIAN_LIMIT = 1 << 30  # bytes of one weight's second moments; above, only their diagonal is kept
 _POSITIONS = 4096  # of one chunk of patches: neighbours in an image say nearly the same
@@ -152,6 +153,7 @@ def observe(
     limit: int = HESSIAN_LIMIT,
     hold_apart: bool = False,
     few: bool = False,
+    replay: Replay | None = None,
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of some weights over all batches and all their uses.
 
@@ -164,6 +166,7 @@ def observe(
         hold_apart: Whether a quarter of the data goes into `Moments.apart`: the batches held apart, or
             where there are too few of them the last samples of each.
         few: Whether inputs that are few for their columns may be given in place of their moments.
+        replay: What need not be run again.
 
     Returns:
         Name of a weight -> its moments; weights that no batch reaches are not in it.
@@ -174,10 +177,10 @@ def observe(
     free = {t.name for t in targets if few and not is_lookup(twins[0].model, t)}
     sums = {t.name: _Sums(t, limit, t.name in free) for t in targets}
     apart = {t.name: _Sums(t, limit, t.name in free) for t in targets}
-    batches = len(calibration)
+    batches, places = len(calibration), places_of(twins[0], targets)
 
     def visit(number: int, batch: Any) -> None:
-        floats, others = inputs_met(twins, targets, batch, calibration, number)
+        floats, others = inputs_met(twins, places, batch, calibration, number, replay)
         for name, inputs in others.items():
             pairs = list(zip(inputs, floats.get(name, ()), strict=False))
             met = sum(positions_of(place, x) for (place, x), _ in pairs)
@@ -197,30 +200,38 @@ def observe(
 Met: TypeAlias = dict[str, list[tuple[Target, Tensor]]]
 
 
+def places_of(twin: Twin, targets: Sequence[Target]) -> list[tuple[str, Watch]]:
+    """Return where a network's calls tell the inputs of some weights, by their names."""
+    return [(t.name, watch) for t in targets for watch in watches_of(twin.model, t)[0]]
+
+
 def inputs_met(
     twins: tuple[Twin, Twin],
-    targets: Sequence[Target],
+    places: Sequence[tuple[str, Watch]],
     batch: Any,
     calibration: Calibration,
     number: int,
+    replay: Replay | None = None,
 ) -> tuple[Met, Met]:
     """Return what each weight meets in the float network and in the other, driven by the float one's decisions.
 
     Args:
         twins: The float network, and another; the same twice is run once.
-        targets: The weights.
+        places: Of the weights; see `places_of`.
         batch: As the calibration's loop brings it.
         calibration: How it is run.
         number: Of the batch, for messages.
+        replay: What need not be run again.
     """
     exact, rounded = twins
-    taken = Decisions()
+    taken, replay = Decisions(), replay or Replay([], {})
     with taken.recorded():
-        floats = _inputs(exact, targets, batch, calibration.forward, number)
+        floats = _inputs(exact, places, batch, calibration.forward, replay, (0, number))
     if rounded is exact:
         return floats, floats
     with taken.followed():
-        return floats, _inputs(rounded, targets, batch, calibration.forward, number)
+        met = _inputs(rounded, places, batch, calibration.forward, replay, (1, number))
+    return floats, met
 
 
 def _add_(sums: _Sums, apart: _Sums, pair: tuple[Tensor, Tensor], share: float) -> None:
@@ -267,20 +278,25 @@ def mirror_(total: Tensor) -> None:
 
 
 def _inputs(
-    twin: Twin, targets: Sequence[Target], batch: Any, forward: Forward, number: int
+    twin: Twin,
+    watches: Sequence[tuple[str, Watch]],
+    batch: Any,
+    forward: Forward,
+    replay: Replay,
+    key: Key,
 ) -> Met:
-    watches = [(t.name, w) for t in targets for w in watches_of(twin.model, t)[0]]
     met: Met = {}
 
     def see(index: int, value: Tensor) -> None:
         name, watch = watches[index]
         if not torch.isfinite(value).all():
             raise ArgumentError(
-                f"the inputs of {name} hold NaN or infinity in calibration batch {number}. "
+                f"the inputs of {name} hold NaN or infinity in calibration batch {key[1]}. "
                 "Check the batch and the weights before this layer, or exclude the layer."
             )
         met.setdefault(name, []).append((watch.target, value.detach().clone()))
 
-    with watched_calls([w for _, w in watches], see):
+    last = replay.part_of([watch.module for _, watch in watches])
+    with watched_calls([w for _, w in watches], see), replay.passing(key, last):
         twin.run(forward, batch)
     return met
