@@ -13,7 +13,7 @@ from clipquant.quant.codes.granularity import NORMAL, SHORT
 from clipquant.quant.methods.base import Found, Problem, matrix_of
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import bias_of
-from clipquant.quant.network.moments import inputs_met, places_of
+from clipquant.quant.network.moments import Finite, inputs_met, places_of
 from clipquant.quant.network.patches import patches
 from clipquant.quant.network.twin import Twin
 
@@ -73,9 +73,10 @@ def output_errors(
     }
     sums = {name: _Difference() for name in held}
     places = places_of(exact, problem.targets)
+    checks = Finite()
 
     def visit(number: int, batch: Any) -> None:
-        floats, others = inputs_met((exact, rounded), places, batch, calibration, number)
+        floats, others = inputs_met((exact, rounded), places, batch, calibration, number, checks)
         for name, inputs in others.items():
             for (place, x), (_, f) in zip(inputs, floats.get(name, ()), strict=False):
                 for a, b in zip(patches(place, x), patches(place, f), strict=True):
@@ -84,6 +85,7 @@ def output_errors(
     numbers = list(calibration.apart or range(len(calibration)))
     try:
         calibration.each(visit, numbers[:_BATCHES])
+        checks.check()
     except ArgumentError:  # outputs that are not finite have no error to speak of
         return {}
     return {
