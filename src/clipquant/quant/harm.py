@@ -103,6 +103,7 @@ class _Difference:
 
     def add_(self, x: Tensor, f: Tensor, matrix: Tensor, values: Tensor) -> None:
         groups, positions, columns = f.shape
+        matrix, values = matrix.to(f.device), values.to(f.device)
         wanted = f @ matrix.reshape(groups, -1, columns).mT
         off = x @ values.reshape(groups, -1, columns).mT - wanted
         parts = [part for y in (wanted, off) for part in (y.sum(1), y.square().sum())]
