@@ -30,6 +30,7 @@ REASONS = {
     "callbacks/folder.py": "callbacks/test_life_cycle.py, test_rehearsal.py and quantize_checks.py: where files go",
     "callbacks/ladder.py": "callbacks/test_fault_injection.py: every way down",
     "callbacks/loggers.py": "callbacks/test_quantize.py runs it in real fits",
+    "callbacks/qat_auto.py": "callbacks/test_qat.py: bits that budgets choose, trained",
     "callbacks/qat_checks.py": "callbacks/test_qat.py: what is refused before a fit",
     "callbacks/quantize_checks.py": "callbacks/test_quantize.py: what is refused before a fit",
     "callbacks/road/data.py": "callbacks/test_life_cycle.py and test_rehearsal.py: every kind of dataloader",

@@ -49,12 +49,27 @@ def layer_records(
 
 
 def _note(record: LayerRecord, weights: QuantizedWeights) -> str:
-    """Return what is to be known of a weight, its likely harm first; rows of unlike width were weighed by a budget."""
-    own = weights.notes.get(record.name, "")
-    if len(record.rows) > 1:
+    """Return what is to be known of a weight, its likely harm first.
+
+    Of rows of unlike width it is the outputs that tell: those that matter little have fewer bits, and the noise
+    of a weight whose rows are not looked up says nothing.
+    """
+    own, name = weights.notes.get(record.name, ""), record.name
+    if len(record.rows) > 1 and name not in weights.errors and name not in weights.lookups:
         return own
-    why = harms(record.bits, record.sqnr_db, weights.errors.get(record.name))
+    why = harms(record.bits, record.sqnr_db, weights.errors.get(name))
     return "; ".join(filter(None, (f"{HARMED}: {why}" if why else "", own)))
+
+
+def unharmed(record: LayerRecord) -> LayerRecord:
+    """Return a record whose note does not begin with a likely harm.
+
+    >>> unharmed(LayerRecord("w", (1,), 2, "gptq", 9.0, 1, note=f"{HARMED}: 9.0 dB SQNR; pruned")).note
+    'pruned'
+    """
+    if not record.note.startswith(HARMED):
+        return record
+    return replace(record, note=record.note.partition("; ")[2])
 
 
 def layer_record(
@@ -190,7 +205,7 @@ def histogram(weight: Tensor, tensor: QuantizedTensor) -> Histogram:
     low, high = (float(end) for end in values.aminmax())
     stride = len(values) // SAMPLE | 1  # odd: it does not fall on the same few columns of a matrix
     sample = values[::stride].float()
-    counts = torch.histc(sample, BINS, low, high) if high > low else torch.ones(1)
+    counts = torch.histc(sample, BINS, low, high) if high > low else sample.new_ones(1)
     relative = (counts.double() * FULL / counts.max()).ceil().int().tolist()
     return Histogram(low, high, tuple(relative), *typical_values(tensor))
 
@@ -206,13 +221,13 @@ def typical_values(tensor: QuantizedTensor) -> tuple[tuple[float, ...], int]:
     grid = tensor.grid
     zero = None if grid.zero is None else _pick(grid.zero, row)
     one = Grid(_pick(grid.scale, row), zero, levels, levels + 1)
-    codes = torch.arange(levels + 1, dtype=torch.uint8)[None]
+    codes = torch.arange(levels + 1, dtype=torch.uint8, device=one.scale.device)[None]
     return tuple(dequantize_rows(codes, one)[0].tolist()), row
 
 
 def _typical_row(tensor: QuantizedTensor) -> int:
     scales = tensor.scale[:, 0].abs().double().expand(tensor.layout.rows)
-    index = torch.arange(tensor.layout.rows)
+    index = torch.arange(tensor.layout.rows, device=scales.device)
     if isinstance(tensor.bits, Tensor):
         counts = torch.bincount(tensor.bits.long(), minlength=1)
         width = int(counts[1:].argmax()) + 1 if counts[1:].any() else 0
@@ -221,4 +236,4 @@ def _typical_row(tensor: QuantizedTensor) -> int:
 
 
 def _pick(part: Tensor, row: int) -> Tensor:
-    return part[min(row, len(part) - 1), :1].reshape(1, 1).cpu()
+    return part[min(row, len(part) - 1), :1].reshape(1, 1)

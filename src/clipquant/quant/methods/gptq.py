@@ -130,7 +130,7 @@ class _Rows:
         rtn = plain_rounding(matrix, spec)
         judge = self.shown if self.apart is None else self.apart
         bound = self.shown.of(rtn)
-        best, least, plain = rtn, judge.of(rtn), torch.ones(len(matrix), dtype=torch.bool)
+        best, least, plain = rtn, judge.of(rtn), torch.ones_like(bound, dtype=torch.bool)
         for coded in (Coded.nearest(matrix, mse_grid(matrix, spec)), fitted):
             error = judge.of(coded)
             better = coded.takes((error < least) & (self.shown.of(coded) <= bound))

@@ -18,7 +18,7 @@ from clipquant.quant.network.noise import Noise
 from clipquant.quant.network.patches import patches, positions_of
 from clipquant.quant.network.replay import Key, Replay
 from clipquant.quant.network.twin import Twin
-from clipquant.quant.network.watches import watched_calls, watches_of
+from clipquant.quant.network.watches import Watch, watched_calls, watches_of
 
 HESSIAN_LIMIT = 1 << 30  # bytes of one weight's second moments; above, only their diagonal is kept
 _POSITIONS = 4096  # of one chunk of patches: neighbours in an image say nearly the same
@@ -177,10 +177,10 @@ def observe(
     free = {t.name for t in targets if few and not is_lookup(twins[0].model, t)}
     sums = {t.name: _Sums(t, limit, t.name in free) for t in targets}
     apart = {t.name: _Sums(t, limit, t.name in free) for t in targets}
-    batches = len(calibration)
+    batches, places = len(calibration), places_of(twins[0], targets)
 
     def visit(number: int, batch: Any) -> None:
-        floats, others = inputs_met(twins, targets, batch, calibration, number, replay)
+        floats, others = inputs_met(twins, places, batch, calibration, number, replay)
         for name, inputs in others.items():
             pairs = list(zip(inputs, floats.get(name, ()), strict=False))
             met = sum(positions_of(place, x) for (place, x), _ in pairs)
@@ -200,9 +200,14 @@ def observe(
 Met: TypeAlias = dict[str, list[tuple[Target, Tensor]]]
 
 
+def places_of(twin: Twin, targets: Sequence[Target]) -> list[tuple[str, Watch]]:
+    """Return where a network's calls tell the inputs of some weights, by their names."""
+    return [(t.name, watch) for t in targets for watch in watches_of(twin.model, t)[0]]
+
+
 def inputs_met(
     twins: tuple[Twin, Twin],
-    targets: Sequence[Target],
+    places: Sequence[tuple[str, Watch]],
     batch: Any,
     calibration: Calibration,
     number: int,
@@ -212,7 +217,7 @@ def inputs_met(
 
     Args:
         twins: The float network, and another; the same twice is run once.
-        targets: The weights.
+        places: Of the weights; see `places_of`.
         batch: As the calibration's loop brings it.
         calibration: How it is run.
         number: Of the batch, for messages.
@@ -221,11 +226,11 @@ def inputs_met(
     exact, rounded = twins
     taken, replay = Decisions(), replay or Replay([], {})
     with taken.recorded():
-        floats = _inputs(exact, targets, batch, calibration.forward, replay, (0, number))
+        floats = _inputs(exact, places, batch, calibration.forward, replay, (0, number))
     if rounded is exact:
         return floats, floats
     with taken.followed():
-        met = _inputs(rounded, targets, batch, calibration.forward, replay, (1, number))
+        met = _inputs(rounded, places, batch, calibration.forward, replay, (1, number))
     return floats, met
 
 
@@ -273,9 +278,13 @@ def mirror_(total: Tensor) -> None:
 
 
 def _inputs(
-    twin: Twin, targets: Sequence[Target], batch: Any, forward: Forward, replay: Replay, key: Key
+    twin: Twin,
+    watches: Sequence[tuple[str, Watch]],
+    batch: Any,
+    forward: Forward,
+    replay: Replay,
+    key: Key,
 ) -> Met:
-    watches = [(t.name, w) for t in targets for w in watches_of(twin.model, t)[0]]
     met: Met = {}
 
     def see(index: int, value: Tensor) -> None:

@@ -125,8 +125,10 @@ def heads_output(attention: nn.MultiheadAttention, call: Call) -> Tensor:
     """Return the inputs of an attention's output projection, which is no call of its own."""
     args, kwargs, _ = call
     projection = attention.out_proj
-    plain = nn.Linear(attention.embed_dim, attention.embed_dim, bias=False)
-    plain.weight = nn.Parameter(torch.eye(attention.embed_dim).to(projection.weight))
+    plain = nn.Linear(attention.embed_dim, attention.embed_dim, bias=False, device="meta")
+    weight = projection.weight
+    eye = torch.eye(attention.embed_dim, dtype=weight.dtype, device=weight.device)
+    plain.weight = nn.Parameter(eye)
     attention._modules["out_proj"] = plain
     try:
         return _tensor(attention.forward(*args, **kwargs)[0])
