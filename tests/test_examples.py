@@ -1,6 +1,8 @@
-"""Every configuration under examples/ runs through the real command line, shortened where it is long."""
+"""Every example runs: configurations through the real command line, scripts as functions; the long ones shortened."""
 
 import csv
+import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ SHORT = [
     "--trainer.limit_train_batches=8",
     "--trainer.limit_val_batches=1",
     "--trainer.log_every_n_steps=1",
+    "--data.batch_size=16",
+    "--data.eval_batch_size=50",
 ]
 WHOLE = {
     "quickstart": ["--trainer.max_epochs=1"],
@@ -129,3 +133,47 @@ CHECKS = {
     "quickstart": check_quickstart,
     "reference": check_reference,
 }
+
+
+def script(name):
+    """Return the `main` of a Python example."""
+    return runpy.run_path(str(EXAMPLES[0].with_name(f"{name}.py")))["main"]
+
+
+def test_example_of_an_own_module(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        report = script("own_module")(max_epochs=1)
+    assert report.quantized_metrics["val_acc"] > 0.8
+    assert report.mode == "max"
+    assert report.ratio > 7
+    # Lightning's line about torch stands there as often as the fit alone would say it, not once more for us.
+    assert sum("LeafSpec" in str(item.message) for item in told) <= 2
+    assert "torch.Size([1, 10])" in capsys.readouterr().out
+
+
+def test_example_of_hugging_face(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    report = script("hugging_face")(max_epochs=1, examples=64, export=())
+    names = {layer.name for layer in report.layers}
+    assert "model.bert.embeddings.word_embeddings.weight" in names
+    assert all(layer.bits == 4 for layer in report.layers)
+    assert "tensor([[" in capsys.readouterr().out
+
+
+def test_example_of_a_trained_checkpoint(tmp_path, capsys):
+    net, data = TwoConvNet(lr=0.002), MNIST5k(batch_size=64)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_steps=25, limit_val_batches=0, enable_checkpointing=False, accelerator="cpu", **quiet
+    )
+    trainer.fit(net, data)
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    before, after = script("trained_checkpoint")(tmp_path / "net.ckpt", tmp_path, method="mse")
+    assert before > 0.7
+    assert after > before - 0.05
+    out = capsys.readouterr().out
+    assert "QuantizationReport: 4 weights at 3" in out
+    assert f"{(tmp_path / 'model.safetensors').stat().st_size:,} bytes" in out

@@ -13,7 +13,7 @@ from torch import Tensor
 from clipquant._version import __version__
 from clipquant.artifact.envelope import find_damage, open_sealed, read_bytes, seal, sealed_size
 from clipquant.artifact.fault import ArtifactError
-from clipquant.artifact.schema import PARTS, Manifest
+from clipquant.artifact.schema import CODING, PARTS, Manifest
 from clipquant.artifact.table import DATA, DIGESTS, TABLE
 from clipquant.artifact.weights import Parts, outline, unpacked_weight
 from clipquant.files import write_whole
@@ -152,10 +152,19 @@ def verify_artifact(path: str | Path) -> list[str]:
     try:
         damage = find_damage(path)
         if not damage:
-            read_outline(path)
+            _try_streams(path)
         return damage
     except ArtifactError as error:
         return [str(error)]
+
+
+def _try_streams(path: str | Path) -> None:
+    """Raise unless a file's records can be and its streams give codes, those of one weight in memory at a time."""
+    parts = Parts(open_sealed(read_bytes(path), path), path)
+    for name, weight in parts.opened.manifest.weights.items():
+        outline(parts, name)
+        if weight.coded and parts.affords(name):
+            unpacked_weight(parts, name)
 
 
 def parse(
@@ -187,7 +196,8 @@ def _stored(
     stored = dict(weights.floats)
     for name, tensor in weights.tensors.items():
         bits = tensor.bits if isinstance(tensor.bits, Tensor) else None
-        held = (pack(tensor.codes, tensor.bits), tensor.scale, tensor.zero, bits)
+        codes = pack(tensor.codes, tensor.bits) if tensor.stream is None else tensor.stream
+        held = (codes, tensor.scale, tensor.zero, bits)
         for part, value in zip(PARTS, held, strict=True):
             key = f"{name}.{part}"
             if key in stored:
@@ -220,6 +230,8 @@ def _describe(tensor: QuantizedTensor) -> dict[str, Any]:
         said |= {"axis": layout.axis, "groups": layout.groups}
     if tensor.dtype != torch.float32:
         said["dtype"] = str(tensor.dtype).removeprefix("torch.")
+    if tensor.stream is not None:
+        said["coding"] = CODING
     return said
 
 

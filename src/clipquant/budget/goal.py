@@ -117,8 +117,14 @@ def size_in_bytes(max_size: object, float_bytes: int) -> int:
         )
     raise ArgumentError(
         "max_size must be a whole number of bytes, a share of the float size between 0 and 1, or a "
-        f"text as '300kB' or '1.5 MB'; got {max_size!r}."
+        f"text as '300kB' or '1.5 MB'; got {max_size!r}.{_as_share(max_size)}"
     )
+
+
+def _as_share(max_size: object) -> str:
+    """Return how a percentage is written."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(max_size))
+    return f" Write {max_size!r} as {float(found[1]) / 100:g}." if found else ""
 
 
 def refuse_below(max_size: int, smallest: int) -> None:

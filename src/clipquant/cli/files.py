@@ -103,10 +103,9 @@ def report_file(path: str | Path, html: str | Path | None, show: bool = False) -
 
 def compare_files(one: str | Path, other: str | Path) -> int:
     """Print two quantized files side by side: size, metrics, and each weight's bits and SQNR."""
-    from clipquant.report.table import compare_rows, print_table
+    from clipquant.report.table import print_compared
 
-    rows = compare_rows(_read_report(one), _read_report(other))
-    print_table("Compared", ("", str(one), str(other)), rows)
+    print_compared(_read_report(one), _read_report(other))
     return 0
 
 

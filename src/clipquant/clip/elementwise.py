@@ -13,6 +13,7 @@ from clipquant.clip.blocks import Block, blocks, gather_norms
 from clipquant.clip.measured import Measured
 from clipquant.clip.norms import bounded_norms, value_norms
 from clipquant.clip.outcome import Outcome
+from clipquant.clip.streaming import as_vectors, clamp_vectors_
 
 # Elements; below, a call costs more than the copy that lets one call serve many tensors.
 _SMALL = 1 << 12
@@ -38,6 +39,9 @@ def clamp_(
             for values in _reals(block.values):
                 values.clamp_(-limit, limit)
         return Outcome(clipped=True)
+    vectors = as_vectors(tensors) if order in (None, 2.0) else None
+    if vectors is not None:
+        return clamp_vectors_(vectors, limit, leave, measure=order is not None)
     if order is not None:
         return _stream_(tensors, leave, order, partial(_clamp_reaching_, limit))
     clipped, finite = False, True

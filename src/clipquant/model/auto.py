@@ -21,6 +21,7 @@ from clipquant.budget.goal import (
 )
 from clipquant.errors import ArgumentError
 from clipquant.model.quantized import QuantizedModel, make_report
+from clipquant.quant.codes.coding import Coding, with_coding
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.harm import allocated_errors
 from clipquant.quant.network.calibration import Calibration
@@ -43,6 +44,7 @@ class AutoBits:
         mode: Whether it is better when smaller ("min") or larger ("max").
         recipe: The other settings; its bits are not read.
         confidence: How sure it must be that `max_drop` is kept; None: within one standard error.
+        coding: How the file holds codes.
     """
 
     max_drop: float | None
@@ -51,6 +53,7 @@ class AutoBits:
     mode: str
     recipe: Recipe = field(default_factory=Recipe)
     confidence: float | None = None
+    coding: Coding = "dense"
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,15 @@ def quantize_auto(
     spare = spare_bytes(len(seen.fisher), before.metrics, most)
 
     def size_of(weights: QuantizedWeights) -> int:
-        return serialized_size(weights, describe(base))
+        return serialized_size(with_coding(weights, goal.coding), describe(base))
 
     asked = Goal(goal.max_drop, most, goal.monitor, goal.mode, goal.confidence)
     allocation = meet(asked, rows, size_of, before, judge, spare)
     with evaluating(model):
         errors = allocated_errors(rows, allocation.weights)
-    weights = replace(allocation.weights, errors=errors)
+    weights = with_coding(replace(allocation.weights, errors=errors), goal.coding)
     report = make_report(weights, model, rows.sensitivities(allocation.bits))
-    if asked.max_drop is not None and allocation.budget.met:  # the user's own metric says what harm is
+    if asked.max_drop is not None and allocation.budget.met:  # the user's metric says what harm is
         report = replace(report, layers=tuple(map(unharmed, report.layers)))
     made = QuantizedModel(weights, report).reported(
         float_metrics=dict(before.metrics),

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from clipquant.artifact import load_state
 from clipquant.budget.chance import Judged, drop_between
 from clipquant.errors import ArgumentError
+from clipquant.keywords import OF_QUANTIZING, naming_keywords
 from clipquant.model.asked import as_batches, check_model, check_spelling
 from clipquant.model.auto import AutoBits, Seen, check_auto, check_budgets, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.model.score import NAME, Score, judged_by
+from clipquant.quant.codes.coding import Coding, check_coding
 from clipquant.quant.codes.spec import MAX_BITS, Granularity
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.methods import Method
@@ -33,8 +35,10 @@ from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
 from clipquant.quant.widths.sensitivity import believed_gradients, output_divergence
 from clipquant.report.progress import progress_bar
+from clipquant.report.worries import boundless
 
 
+@naming_keywords(OF_QUANTIZING)
 @torch.inference_mode(False)
 def quantize(
     model: nn.Module,
@@ -55,6 +59,7 @@ def quantize(
     progress: Progress | bool = True,
     score: Score | None = None,
     confidence: float | None = None,
+    coding: Coding = "dense",
 ) -> QuantizedModel:
     """Return `model` quantized; `model` itself is never touched.
 
@@ -88,6 +93,9 @@ def quantize(
             error, and `max_drop` is kept with it. A single figure is taken as it is.
         confidence: With `max_drop`: how sure it must be, above 0.5 and below 1, that the true drop is within it.
             None: the drop measured and one standard error must be.
+        coding: How a file holds codes: "dense"; "entropy", each weight in an entropy code where that is smaller,
+            which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where that extra
+            is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is coded.
 
     Returns:
         The quantized model, with its report.
@@ -101,13 +109,14 @@ def quantize(
     """
     check_model(model)
     check_spelling(method)
+    check_coding(coding)
     data = as_batches(data)
     chosen = MAX_BITS if bits == "auto" else bits
     recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
     if bits == "auto":
         check_auto(max_drop, max_size, recipe, confidence)
         batches = _auto_data(data, calibration_batches)
-        goal = AutoBits(max_drop, max_size, NAME, "max", recipe, confidence)
+        goal = AutoBits(max_drop, max_size, NAME, "max", recipe, confidence, coding)
         judge = None if score is None else _judge_of(model, score)
         before = Judged({}) if score is None else judged_by(score, model)
         with progress_bar(progress) as tell:
@@ -121,6 +130,7 @@ def quantize(
     with progress_bar(progress) as tell:
         guest = twin_of(model) if batches else model
         made = quantize_by(recipe, guest, Calibration(batches, forward, tell))
+    made = made if coding == "dense" else made.coded(coding)
     _warned(made)
     if score is None:
         return made
@@ -150,9 +160,10 @@ def quantize_by(
 
 
 def _warned(made: QuantizedModel) -> QuantizedModel:
-    """Return the same, after one warning where the network is likely harmed."""
-    if made.report.warning:
-        warnings.warn(f"The quantized network is {made.report.warning}.", stacklevel=4)
+    """Return the same, after a warning where the network is likely harmed and where a budget bounds nothing."""
+    harmed = f"The quantized network is {made.report.warning}" if made.report.warning else ""
+    for said in filter(None, (harmed, boundless(made.report))):
+        warnings.warn(f"{said}.", stacklevel=4)
     return made
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.budget.chance import Judged, Parts
+from clipquant.errors import RunError
 
 Score: TypeAlias = Callable[[nn.Module], "float | Tensor"]
 NAME = "score"
@@ -29,9 +30,19 @@ whole_only='')
     """
     value = score(model)
     if not isinstance(value, Tensor) or value.numel() < 2:
-        return Judged({NAME: float(value)}, whole_only=_ONE)
+        return Judged({NAME: _number(value)}, whole_only=_ONE)
     samples = value.detach().flatten().double().cpu()
     part = torch.arange(len(samples)) % min(len(samples), _PARTS)
     sums = torch.bincount(part, weights=samples)
     parts = Parts.of_means(torch.bincount(part).tolist(), sums.tolist())
     return Judged({NAME: parts.whole}, {NAME: parts})
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"score must return a number, higher is better; got {value!r}. Return it from the function, as in "
+            "lambda model: accuracy(model, batches)."
+        ) from error

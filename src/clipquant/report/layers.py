@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,11 +86,46 @@ def layer_record(
         tensor.code_bits / max(tensor.numel, 1),
         tensor.method,
         sqnr,
-        stored_bytes(tensor),
         sensitivity=sensitivity,
         rows=rows_by_width(tensor),
         histogram=bars,
+        **coded_figures(tensor),
     )
+
+
+def coded_figures(tensor: QuantizedTensor) -> dict[str, Any]:
+    """Return the figures of a weight's record that depend on how a file holds its codes."""
+    if tensor.stream is None:
+        return {"bytes": stored_bytes(tensor), "coded_bits": None, "entropy": None}
+    return {
+        "bytes": stored_bytes(tensor),
+        "coded_bits": 8 * tensor.stream.nbytes / max(tensor.numel, 1),
+        "entropy": None if tensor.codes.is_meta else entropy(tensor),
+    }
+
+
+def entropy(tensor: QuantizedTensor) -> float:
+    """Return the entropy of a weight's codes in bits a code, rows of one width together, each for itself.
+
+    That is the least that a code of fixed probabilities can take: sum -p log2 p of their shares p.
+
+    Source:
+        Shannon 1948, "A Mathematical Theory of Communication".
+
+    >>> from clipquant.quant.codes.grid import Coded
+    >>> from clipquant.quant.codes.layout import Layout
+    >>> grid = Grid(torch.ones(1, 1), None, 2, 4)
+    >>> codes = torch.tensor([[1, 1, 1, 1], [0, 1, 2, 1]], dtype=torch.uint8)
+    >>> round(entropy(QuantizedTensor(Coded(codes, grid), 2, Layout((2, 4)), torch.float32)), 3)
+    1.061
+    """
+    bits = torch.as_tensor(tensor.bits, device=tensor.codes.device).expand(tensor.layout.rows)
+    total = 0.0
+    for width in bits.unique().tolist():
+        count = torch.bincount(tensor.codes[bits == width].reshape(-1)).double()
+        share = count[count > 0] / count.sum()
+        total -= float((count[count > 0] * share.log2()).sum())
+    return total / max(tensor.numel, 1)
 
 
 def rows_by_width(tensor: QuantizedTensor) -> dict[int, int]:
@@ -102,8 +138,10 @@ def rows_by_width(tensor: QuantizedTensor) -> dict[int, int]:
 
 def stored_bytes(tensor: QuantizedTensor) -> int:
     """Return the bytes of a weight's codes, scales, zeros and bits in the file."""
-    parts = (tensor.scale, tensor.zero, tensor.bits)
+    parts = (tensor.scale, tensor.zero, tensor.bits, tensor.stream)
     side = sum(part.nbytes for part in parts if isinstance(part, Tensor))
+    if tensor.stream is not None:
+        return side
     return packed_bytes(tensor.bits, tuple(tensor.codes.shape)) + side
 
 

@@ -45,11 +45,13 @@ class LayerRecord:
         method: What chose the codes.
         sqnr_db: Signal to quantization noise, 10 log10(sum w^2 / sum (w - w_q)^2), in dB;
             infinite where nothing was lost.
-        bytes: Of its codes, scales and zeros.
+        bytes: Of its codes, scales and zeros in the file.
         note: What the reader should know, such as a fallback.
         sensitivity: Expected increase of the loss by its rounding, where it was estimated.
         rows: Width of a code -> output channels that have it.
         histogram: Of the float weights.
+        coded_bits: What a code takes in the file's entropy code, on average; None: codes are dense.
+        entropy: Of its codes, bits a code, where they are in an entropy code and were looked at.
     """
 
     name: str
@@ -62,6 +64,8 @@ class LayerRecord:
     sensitivity: float | None = None
     rows: Mapping[int, int] = field(default_factory=dict)
     histogram: Histogram | None = None
+    coded_bits: float | None = None
+    entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,12 @@ class QuantizationReport:
         return None if before is None or after is None else drop_of(before, after, self.mode)
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics, the one that judges first and the others by name."""
+        known = {*self.float_metrics, *self.quantized_metrics}
+        return tuple(sorted(known, key=lambda name: (name != self.monitor, name)))
+
+    @property
     def harmed(self) -> tuple[str, ...]:
         """Names of the weights whose rounding likely harms the network, whatever a metric says."""
         return tuple(layer.name for layer in self.layers if layer.note.startswith(HARMED))
@@ -203,7 +213,9 @@ class QuantizationReport:
             return ""
         named = ", ".join(self.harmed[:3])
         more = f" and {len(self.harmed) - 3} more" if len(self.harmed) > 3 else ""
-        remedy = "use 6 bits or groups (granularity=64)" if self.budget is None else "allow more bytes"
+        remedy = (
+            "use 6 bits or groups (granularity=64)" if self.budget is None else "allow more bytes"
+        )
         return f"{HARMED}: {named}{more}; {remedy}"
 
     @property

@@ -18,8 +18,7 @@ SEARCH_HEADER = ("tried", "bytes", "metric", "drop", "")
 
 def figures_of(report: QuantizationReport) -> list[tuple[str, ...]]:
     """Return the rows (what, float, quantized, change): the metric that judges first, then sizes."""
-    names = sorted(report.float_metrics, key=lambda name: name != report.monitor)
-    rows = [_metric_row(report, name) for name in names]
+    rows = [_metric_row(report, name) for name in report.metric_names]
     if not rows:
         rows = [("metric", "-", "-", "not judged")]
     sizes = (f"{report.float_bytes:,}", f"{report.size_bytes:,}")
@@ -32,7 +31,9 @@ def figures_of(report: QuantizationReport) -> list[tuple[str, ...]]:
 
 
 def _metric_row(report: QuantizationReport, name: str) -> tuple[str, ...]:
-    before, after = report.float_metrics[name], report.quantized_metrics.get(name, math.nan)
+    before, after = (
+        metrics.get(name, math.nan) for metrics in (report.float_metrics, report.quantized_metrics)
+    )
     label = f"{name} (monitored)" if name == report.monitor else name
     return label, *pair(before, after), _change(report, name, before, after)
 
