@@ -109,5 +109,9 @@ def test_a_constant_row_is_exact_without_a_code(moments):
     matrix[3] = 0.3
     table = rated_rows(matrix, moments, COLUMNS, centred=False)
     values = table.take(torch.zeros(ROWS, dtype=torch.uint8)).values()
-    assert torch.equal(values[3], matrix[3]), (table.scale.dtype, table.constants[3], table.errors[3, 0])
+    assert torch.equal(values[3], matrix[3]), (
+        table.scale.dtype,
+        table.constants[3],
+        table.errors[3, 0],
+    )
     assert float(table.errors[3, 0]) == 0.0

@@ -12,7 +12,7 @@ from clipquant.quant.codes.grid import Coded, Grid, group
 from clipquant.quant.codes.zeros import is_pruned
 from clipquant.quant.network.moments import Moments
 from clipquant.quant.widths.nearest import column_weights
-from clipquant.quant.widths.rows import damped_hessian, row_hessian
+from clipquant.quant.widths.rows import believed_hessian, damped_hessian, row_hessian
 from clipquant.quant.widths.worth import FINEST, Stepped, worthy, worthy_apart
 
 _EXTENT = (1.25, 2.0, 3.0, 4.5, 7.0, 14.0, 28.0, 80.0)  # steps from zero to a row's largest weight
@@ -87,7 +87,7 @@ def rated_rows(matrix: Tensor, moments: Moments, group_size: int, *, centred: bo
     kept = matrix == 0 if is_pruned(matrix) else None
     first, parts = 0, []
     for g, part in enumerate(matrix.chunk(moments.hessian.shape[0])):
-        hessian = damped_hessian(row_hessian(moments, g, centred))
+        hessian = damped_hessian(believed_hessian(row_hessian(moments, g, centred), moments))
         mean = moments.mean[g] if centred else None
         for rows in _runs(part):
             held = None if kept is None else kept[first : first + len(rows)]
