@@ -44,6 +44,7 @@ REASONS = {
     "export/parts/format.py": "export/test_formats.py: a format of one's own through all that reads one",
     "export/parts/needs.py": "export/test_formats.py: what is missing is named",
     "export/parts/onnx_graph.py": "export/test_onnx.py and test_onnx_int8.py: every file is made of it",
+    "export/parts/qdq.py": "export/test_onnx_int8.py: every file is made by it",
     "export/parts/subject.py": "records; export/test_formats.py shows what they refuse",
     "quant/codes/layout.py": "quant/codes/test_ranges.py: every layout there and back",
     "quant/codes/tensor.py": "quant/codes/test_ranges.py and test_pack.py: codes there and back",
