@@ -77,7 +77,13 @@ def _check_types(path: object, model: object) -> None:
             f"load_quantized takes the file first and then the model; got {_kind(path)} as the file. "
             'Write load_quantized("model.safetensors", model).'
         )
-    if not isinstance(model, nn.Module | None):
+    if model is not None:
+        check_fillable(model)
+
+
+def check_fillable(model: object) -> None:
+    """Raise unless there is a module whose weights can be filled."""
+    if not isinstance(model, nn.Module):
         remedy = f"{model.__name__}(...)" if isinstance(model, type) else "a torch.nn.Module"
         raise ArgumentTypeError(
             f"model must be a module with weights to fill; got {_kind(model)}. Pass {remedy}."
@@ -106,6 +112,7 @@ def _load_packed(parts: Parts, model: nn.Module) -> nn.Module:
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
     """Load a state dict into `model` if every key and shape fits; otherwise change nothing."""
+    check_fillable(model)
     _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, source)
     _check_filled(model, state, source)
     model.load_state_dict(dict(state), strict=False, assign=_on_meta(model))

@@ -46,8 +46,8 @@ def check_best(trainer: pl.Trainer) -> None:
         )
 
 
-def load_best(trainer: pl.Trainer, module: pl.LightningModule, monitor: str) -> None:
-    """Load into `module` the weights of the best checkpoint, as Lightning itself loads them.
+def load_best(trainer: pl.Trainer, module: pl.LightningModule, monitor: str) -> dict[str, Any]:
+    """Load into `module` the weights of the best checkpoint, as Lightning itself loads them; return it.
 
     Args:
         trainer: The Trainer that has fitted.
@@ -68,6 +68,7 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule, monitor: str) -> 
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    return checkpoint
 
 
 def _best_path(trainer: pl.Trainer, monitor: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeGuard
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from clipquant.clip.finite import (
     told,
     zero_nonfinite_,
 )
-from clipquant.clip.gradients import Gradients, writable
+from clipquant.clip.job import Job, gather_
 from clipquant.clip.measured import Measured
 from clipquant.clip.plan import Plan, plan_of
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule, State
 from clipquant.clip.scale import Scale
+from clipquant.clip.small import clamp_small_
 
 
 def clip_gradients_(
@@ -67,7 +68,6 @@ def clip_gradients_(
     )
 
 
-@torch.no_grad()
 def clip_assigned_(
     assignment: Assignment,
     state: State | None = None,
@@ -77,6 +77,7 @@ def clip_assigned_(
     measure: bool = True,
     defer: bool = False,
     loss_scale: float = 1.0,
+    later: bool = False,
 ) -> ClipRecord:
     """Clip in place what an assignment says; `clip_gradients_` with every choice in the open.
 
@@ -88,6 +89,8 @@ def clip_assigned_(
         measure: Whether to measure norms that no rule needs.
         defer: Leave a plan that is one coefficient for all gradients to the caller, in `ClipRecord.deferred`.
         loss_scale: Factor that the gradients still carry; norms and limits are meant without it.
+        later: Whether norms after clipping that cost a pass of their own may be left to whoever reads them, while the
+            gradients are there and unchanged.
 
     Returns:
         What was done.
@@ -95,7 +98,24 @@ def clip_assigned_(
     Raises:
         FloatingPointError: A gradient is not finite, under "raise".
     """
-    job = _Job(assignment, gather_(assignment, loss_scale), state or {})
+    streams = skip_above is None and on_nonfinite in ("skip", "leave", "propagate")
+    if streams and assignment.limit is not None and loss_scale == 1.0 and not state:
+        record = clamp_small_(assignment, on_nonfinite != "propagate", measure)
+        if record is not None:
+            return record
+    with torch.no_grad():
+        job = Job(assignment, gather_(assignment, loss_scale, later), state or {})
+        return _clip_(job, on_nonfinite, skip_above, measure, defer)
+
+
+def _clip_(
+    job: Job,
+    on_nonfinite: OnNonfinite | Literal["leave"],
+    skip_above: float | None,
+    measure: bool,
+    defer: bool,
+) -> ClipRecord:
+    assignment = job.assignment
     if not job.grads.tensors:
         return ClipRecord(state=dict(job.state))
     only = assignment.whole if len(assignment.parts) == 1 else None
@@ -127,39 +147,7 @@ def remove_gradients_(params: Iterable[Tensor]) -> None:
         param.grad = None
 
 
-_SMALL = 1 << 16  # elements of all gradients together
 _SMALLEST = 1e-30  # the inverse of a coefficient must be a float32
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One call's gradients and what belongs to them."""
-
-    assignment: Assignment
-    grads: Gradients
-    state: State
-
-    @property
-    def order(self) -> float:
-        return self.assignment.order
-
-    def names(self, members: Iterable[int]) -> tuple[str, ...]:
-        names, positions = self.assignment.names, self.grads.positions
-        return tuple([names[positions[i]] for i in members])
-
-    def params(self, members: Sequence[int]) -> Sequence[Tensor]:
-        params, positions = self.assignment.params, self.grads.positions
-        if len(members) == len(params):
-            return params
-        return [params[positions[i]] for i in members]
-
-    def record(self, **found: Any) -> ClipRecord:
-        """Return the record with the names, and the state where none was found."""
-        grads, names = self.grads, self.assignment.names
-        if len(grads.positions) < len(names):
-            names = self.names(range(len(grads)))
-        found.setdefault("state", self.state)
-        return ClipRecord(names=names, groups=grads.groups, order=self.order, **found)
 
 
 def _without_gradients_(record: ClipRecord, params: Sequence[Tensor]) -> ClipRecord:
@@ -167,13 +155,13 @@ def _without_gradients_(record: ClipRecord, params: Sequence[Tensor]) -> ClipRec
     return replace(record, after=None, clipped=False, skipped=True)
 
 
-def _zero_(job: _Job, damaged: Iterable[int]) -> _Job:
+def _zero_(job: Job, damaged: Iterable[int]) -> Job:
     for i in damaged:
         zero_nonfinite_(job.grads[i])
     return replace(job, grads=job.grads.unmeasured())
 
 
-def _clip_local_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecord:
+def _clip_local_(job: Job, part: Part, watch: bool, measure: bool) -> ClipRecord:
     """Clip by a rule that reads one gradient at a time, which measures and clips in one go.
 
     What is not finite stays as it is. Under "skip" other gradients are clipped already then, but the step is left out
@@ -199,14 +187,14 @@ def _clip_local_(job: _Job, part: Part, watch: bool, measure: bool) -> ClipRecor
     )
 
 
-def _clip_parts_(job: _Job, nonfinite: tuple[str, ...], measure: bool, defer: bool) -> ClipRecord:
+def _clip_parts_(job: Job, nonfinite: tuple[str, ...], measure: bool, defer: bool) -> ClipRecord:
     """Clip by each part's rule, all of whose plan is made before anything of the part is written."""
     everything, order = job.grads, job.order
     before = everything.measured(order) if measure or everything.knows(order) else None
     after, state = before, job.state
     clipped, deferred, share = False, None, None
     seen: set[int] = set()  # gradients that an earlier part has changed
-    for part, members in _present(job):
+    for part, members in job.parts():
         grads = everything if len(members) == len(everything) else everything.select(members)
         if not seen.isdisjoint(members):
             grads = grads.unmeasured()
@@ -240,19 +228,6 @@ def _clip_parts_(job: _Job, nonfinite: tuple[str, ...], measure: bool, defer: bo
     )
 
 
-def _present(job: _Job) -> Iterator[tuple[Part, Sequence[int]]]:
-    """Yield each part with the indices of its gradients among those present, where there are any."""
-    positions = job.grads.positions
-    complete = len(positions) == len(job.assignment.params)
-    index = None if complete else {position: i for i, position in enumerate(positions)}
-    for part in job.assignment.parts:
-        members: Sequence[int] = part.members
-        if index is not None:
-            members = [index[position] for position in members if position in index]
-        if members:
-            yield part, members
-
-
 def _replaced(norms: Measured, members: Sequence[int], own: Measured) -> Measured:
     """Return the norms with those of some gradients replaced."""
     each = norms.each.clone()
@@ -264,40 +239,3 @@ def _deferrable(plan: Plan) -> float | None:
     """Return a plan's coefficient for all gradients, where an optimizer can divide by its inverse."""
     coefficient = float(plan.coefficient) if isinstance(plan, Scale) else 0.0
     return coefficient if coefficient > _SMALLEST else None
-
-
-def gather_(assignment: Assignment, loss_scale: float) -> Gradients:
-    """Return the gradients that there are, each brought to a form whose stored values can be clipped in place."""
-    everything = [param.grad for param in assignment.params]
-    if _are_plain(everything):
-        small = 0 < sum(map(Tensor.numel, everything)) <= _SMALL and all(
-            map(Tensor.numel, everything)
-        )
-        return Gradients(everything, assignment.groups, assignment.positions, loss_scale, small)
-    tensors: list[Tensor] = []
-    present: list[int] = []
-    for i, grad in enumerate(everything):
-        if grad is None:
-            continue
-        ready = writable(grad)
-        if ready is not grad:
-            assignment.params[i].grad = ready
-        tensors.append(ready)
-        present.append(i)
-    groups: Sequence[int] = assignment.groups
-    if len(present) < len(groups):
-        groups = [groups[i] for i in present]
-    small = _are_plain(tensors) and all(map(Tensor.numel, tensors))
-    small = small and sum(map(Tensor.numel, tensors)) <= _SMALL
-    return Gradients(tensors, groups, present, loss_scale, small)
-
-
-def _are_plain(grads: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
-    """Return whether all are there, dense float32 tensors on a CPU, none of which shares memory within itself."""
-    return (
-        set(map(type, grads)) == {Tensor}
-        and all(grad.layout is torch.strided for grad in grads)  # type: ignore[union-attr]
-        and all(map(Tensor.is_contiguous, grads))  # type: ignore[arg-type]
-        and all(grad.dtype is torch.float32 and grad.is_cpu for grad in grads)  # type: ignore[union-attr]
-        and not any(map(Tensor.is_inference, grads))  # type: ignore[arg-type]
-    )

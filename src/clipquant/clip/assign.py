@@ -88,6 +88,12 @@ class Assignment:
         return _counted(len(self.params))[0]
 
     @cached_property
+    def limit(self) -> float | None:
+        """The limit of every element, where a clamp of all gradients is all there is to do."""
+        rule = self.whole.rule if self.whole is not None and len(self.parts) == 1 else None
+        return float(rule.limit) if type(rule) is Value else None
+
+    @cached_property
     def whole(self) -> Part | None:
         """The last part, if it and all before it cover every parameter."""
         count = len(self.params)
@@ -179,7 +185,7 @@ def as_rule(rule: Any) -> Rule:
         given = (
             f"the class {rule.__name__}, not an instance of it"
             if isinstance(rule, type)
-            else repr(rule)
+            else (repr(rule) if len(repr(rule)) <= 60 else f"a {type(rule).__name__}")
         )
         lacks = f" (it lacks {', '.join(missing)})" if missing else ""
         raise ArgumentTypeError(

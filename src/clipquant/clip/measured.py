@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from clipquant.clip.norms import combine_norms, value_norms, vector_norm
+
+_TINY = 1e-30  # below, squares of float32 lose digits
 
 
 class Measured:
@@ -41,6 +44,11 @@ class Measured:
         self.order = order
         self._values, self._sizes, self._factor, self._limit = values, sizes, factor, limit
 
+    @property
+    def known(self) -> bool:
+        """Whether the norms are there to read."""
+        return True
+
     @cached_property
     def each(self) -> Tensor:
         """Norm of each gradient, shape (number of gradients,)."""
@@ -59,6 +67,10 @@ class Measured:
     def total(self) -> float:
         """Norm of all gradients as one vector, which costs one wait for the device."""
         values = self._limited
+        if self._sizes is not None and self.order == 2.0:  # one call, in a third of the time
+            square = torch.dot(values, values).item()
+            if _TINY < square < math.inf:
+                return math.sqrt(square) * self._factor
         total = vector_norm(values, self.order).item() if values.numel() else 0.0
         if math.isinf(total):  # maybe only powers that overflow
             total = combine_norms(values, self.order).item()

@@ -16,9 +16,16 @@ _LARGE = 1 << 17  # elements; from here on a norm of rows' norms is faster than 
 _ROW = 1024
 
 
-def vector_norm(values: Tensor, order: float, dim: Sequence[int] | None = None) -> Tensor:
+def vector_norm(
+    values: Tensor,
+    order: float,
+    dim: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Return the norm over all of `values`, or over the axes `dim`, which are kept with length 1."""
-    norm: Tensor = torch.linalg.vector_norm(values, order, dim=dim, keepdim=dim is not None)
+    norm: Tensor = torch.linalg.vector_norm(
+        values, order, dim=dim, keepdim=dim is not None, dtype=dtype
+    )
     return norm
 
 
@@ -153,27 +160,27 @@ def _part_norms(values: Sequence[Tensor], order: float) -> list[Tensor]:
     """Return the norms of float32 and float64 tensors: of large ones row by row, of all others in one call."""
     rows = [v.numel() >= _LARGE and v.is_cpu for v in values]
     if all(rows):
-        return [_norms_of_rows(v, order) for v in values]
+        return [norms_of_rows(v, order) for v in values]
     others = iter(
         torch._foreach_norm([v for v, by in zip(values, rows, strict=True) if not by], order)
     )
     return [
-        _norms_of_rows(v, order) if by_rows else next(others)
+        norms_of_rows(v, order) if by_rows else next(others)
         for v, by_rows in zip(values, rows, strict=True)
     ]
 
 
-def _norms_of_rows(values: Tensor, order: float) -> Tensor:
+def norms_of_rows(values: Tensor, order: float) -> Tensor:
     """Return norms of at most 1024 elements each: a float32 sum of more loses digits (15 % of 50 million for p = 1)."""
-    flat = _flat(values)
-    if flat is None:  # copied block by block
+    vector = flat(values)
+    if vector is None:  # copied block by block
         blocks = values.split(max(1, _BLOCK * len(values) // values.numel()))
-        return torch.cat([_norms_of_rows(b.contiguous(), order) for b in blocks])
-    whole = flat.numel() // _ROW * _ROW
-    rows: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), order, dim=1)
-    if whole == flat.numel():
+        return torch.cat([norms_of_rows(b.contiguous(), order) for b in blocks])
+    whole = vector.numel() // _ROW * _ROW
+    rows: Tensor = torch.linalg.vector_norm(vector[:whole].view(-1, _ROW), order, dim=1)
+    if whole == vector.numel():
         return rows
-    return torch.cat([rows, torch.linalg.vector_norm(flat[whole:], order).view(1)])
+    return torch.cat([rows, torch.linalg.vector_norm(vector[whole:], order).view(1)])
 
 
 def _total(norms: Tensor, order: float) -> Tensor:
@@ -182,7 +189,7 @@ def _total(norms: Tensor, order: float) -> Tensor:
     return total.to(norms.dtype)
 
 
-def _flat(values: Tensor) -> Tensor | None:
+def flat(values: Tensor) -> Tensor | None:
     """Return all elements in the order in which they lie in memory, without a copy; None where there are gaps."""
     if values.is_contiguous():
         return values.view(-1)
@@ -209,10 +216,10 @@ def _norm(values: Tensor, order: float) -> Tensor:
     if values.is_complex():
         values = torch.view_as_real(values) if order == 2 else values.abs()
     if values.dtype in EXACT:
-        return _total(_norms_of_rows(values, order), order)
+        return _total(norms_of_rows(values, order), order)
     # Casting blocks that fit in the cache is many times faster than a norm that casts element by element.
     blocks = (block.float() for block in values.reshape(-1).split(_BLOCK))
-    return _total(torch.cat([_norms_of_rows(b, order) for b in blocks]), order)
+    return _total(torch.cat([norms_of_rows(b, order) for b in blocks]), order)
 
 
 def _norm_in_double(values: Tensor, order: float) -> Tensor:

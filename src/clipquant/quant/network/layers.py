@@ -141,7 +141,8 @@ def tied_keys(state: dict[str, Tensor]) -> dict[str, str]:
     for name, tensor in state.items():
         if tensor.numel() == 0:
             continue
-        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = tensor.data_ptr() or id(tensor)  # on "meta" there is no storage to share
+        where = (place, tensor.shape, tensor.stride(), tensor.dtype)
         if first.setdefault(where, name) != name:
             aliases[name] = first[where]
     return aliases

@@ -13,14 +13,19 @@ from torch import Tensor
 from clipquant.errors import ArgumentError
 from clipquant.quant.network.calibration import Calibration, Forward
 from clipquant.quant.network.decisions import Decisions
-from clipquant.quant.network.layers import Target
+from clipquant.quant.network.layers import Target, is_lookup
 from clipquant.quant.network.noise import Noise
-from clipquant.quant.network.patches import patches
+from clipquant.quant.network.patches import patches, positions_of
+from clipquant.quant.network.replay import Key, Replay
 from clipquant.quant.network.twin import Twin
-from clipquant.quant.network.watches import watched_calls, watches_of
+from clipquant.quant.network.watches import Watch, watched_calls, watches_of
 
 HESSIAN_LIMIT = 1 << 30  # bytes of one weight's second moments; above, only their diagonal is kept
 _POSITIONS = 4096  # of one chunk of patches: neighbours in an image say nearly the same
+_ELEMENTS = 1 << 26  # of the inputs summed over all the data, or twice the columns in positions
+_WIDE = 512  # columns from which few inputs are kept in place of their moments
+_FEW = 6  # as long as there are this many columns for each
+_SIDE = 1024  # columns of a block of a product that is symmetric
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Moments:
         count: Positions averaged over.
         noise: Share of the hessian's square off its diagonal that is chance, by how much it differs
             from piece to piece of the data: 1 where too few were seen to know anything.
+        inputs: (groups, positions, columns), divided by the root of `count`: where they are few, in place
+            of the hessian, which is then (groups, columns) of zeros.
         apart: The same of data held apart, by which what was fitted to these is judged.
     """
 
@@ -49,6 +56,7 @@ class Moments:
     output: Tensor
     count: int
     noise: float = 0.0
+    inputs: Tensor | None = None
     apart: Moments | None = None
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -63,9 +71,10 @@ class Moments:
 class _Sums:
     """Running sums of one weight's moments."""
 
-    def __init__(self, target: Target, limit: int) -> None:
+    def __init__(self, target: Target, limit: int, few: bool) -> None:
         self.matrix = target.layout.fold(target.weight.detach()).float()
-        self.limit = limit
+        self.limit, self.few = limit, few and self.matrix.shape[1] >= _WIDE
+        self.held: list[Tensor] = []  # inputs, as long as they are few
         self.count = 0
 
     def add_(self, x: Tensor, f: Tensor) -> None:
@@ -74,43 +83,66 @@ class _Sums:
         weight = self.matrix.reshape(groups, -1, columns)
         if not self.count:
             self.full = groups * columns * columns * 4 <= self.limit
-            self.hessian = (
-                x.new_zeros(groups, columns, columns) if self.full else x.new_zeros(groups, columns)
-            )
+            self.hessian = x.new_zeros(groups, columns)
             self.goal = torch.zeros_like(weight)
             self.energy, self.output = x.new_zeros(2, *weight.shape[:2])
             self.mean = x.new_zeros(groups, columns)
             self.noise = Noise(x)
         y = f @ weight.mT
-        if self.full:
-            self._add_hessian_(x)
+        self.count += positions
+        if self.full or self.few:
             self.goal.baddbmm_(y.mT, x)
+            self._hold_(x)
         else:
             self.hessian += x.square().sum(1)
         self.energy += y.square().sum(1)
         self.output += y.sum(1)
         self.mean += x.sum(1)
-        self.count += positions
 
-    def _add_hessian_(self, x: Tensor) -> None:
-        if x.shape[1] < x.shape[2]:
-            self.hessian.baddbmm_(x.mT, x)
-            self.noise.add_gram_(x)
+    def _hold_(self, x: Tensor) -> None:
+        """Keep inputs while they are few; from then on their products alone."""
+        columns = x.shape[2]
+        wide = x.shape[1] < columns
+        part = x if wide else x.mT @ x
+        (self.noise.add_gram_ if wide else self.noise.add_)(part)
+        if self.few and self.count * _FEW <= columns:
+            self.held.append(x)
+            return
+        self.few = False
+        if self.hessian.dim() == 2:
+            self.hessian = x.new_zeros(x.shape[0], columns, columns)
+        for held in self.held:
+            add_lower_(self.hessian, held)
+        self.held.clear()
+        if wide:
+            add_lower_(self.hessian, x)
         else:
-            part = x.mT @ x
             self.hessian += part
-            self.noise.add_(part)
 
     def result(self) -> Moments:
         n = self.count
-        noise = self.noise.share(self.hessian) if self.full else 0.0
-        hessian = self.hessian.div_(n)
-        if not self.full:
+        inputs = torch.cat(self.held, 1) if self.held else None
+        noise = 0.0
+        if inputs is not None:
+            noise = self.noise.share_few(inputs)
+            inputs = inputs / math.sqrt(n)
+        hessian = self.hessian
+        if self.hessian.dim() == 3:
+            mirror_(hessian)
+            noise = self.noise.share(hessian)
+        elif inputs is None:
             weight = self.matrix.reshape(self.goal.shape)
-            self.goal = weight * hessian[:, None] * n
+            self.goal = weight * hessian[:, None]
             self.energy = (self.goal * weight).sum(2)
         return Moments(
-            hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n, noise
+            hessian.div_(n),
+            self.goal.div_(n),
+            self.energy / n,
+            self.mean / n,
+            self.output / n,
+            n,
+            noise,
+            inputs,
         )
 
 
@@ -120,6 +152,8 @@ def observe(
     calibration: Calibration,
     limit: int = HESSIAN_LIMIT,
     hold_apart: bool = False,
+    few: bool = False,
+    replay: Replay | None = None,
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of some weights over all batches and all their uses.
 
@@ -131,6 +165,8 @@ def observe(
         limit: Most bytes of one weight's second moments; above, only the diagonal is kept.
         hold_apart: Whether a quarter of the data goes into `Moments.apart`: the batches held apart, or
             where there are too few of them the last samples of each.
+        few: Whether inputs that are few for their columns may be given in place of their moments.
+        replay: What need not be run again.
 
     Returns:
         Name of a weight -> its moments; weights that no batch reaches are not in it.
@@ -138,17 +174,20 @@ def observe(
     Raises:
         ValueError: If an input is NaN or infinite, naming layer and batch.
     """
-    sums = {t.name: _Sums(t, limit) for t in targets}
-    apart = {t.name: _Sums(t, limit) for t in targets}
+    free = {t.name for t in targets if few and not is_lookup(twins[0].model, t)}
+    sums = {t.name: _Sums(t, limit, t.name in free) for t in targets}
+    apart = {t.name: _Sums(t, limit, t.name in free) for t in targets}
+    batches, places = len(calibration), places_of(twins[0], targets)
 
     def visit(number: int, batch: Any) -> None:
-        floats, others = inputs_met(twins, targets, batch, calibration, number)
+        floats, others = inputs_met(twins, places, batch, calibration, number, replay)
         for name, inputs in others.items():
-            pairs = zip(inputs, floats.get(name, ()), strict=False)
+            pairs = list(zip(inputs, floats.get(name, ()), strict=False))
+            met = sum(positions_of(place, x) for (place, x), _ in pairs)
             for (place, x), (_, f) in pairs:
                 for a, b in zip(patches(place, x), patches(place, f), strict=True):
                     share = calibration.fitted(number) if hold_apart else 1.0
-                    _add_(sums[name], apart[name], _thinned(a, b), share)
+                    _add_(sums[name], apart[name], _thinned(a, b, met * batches), share)
 
     calibration.each(visit)
     return {
@@ -161,30 +200,38 @@ def observe(
 Met: TypeAlias = dict[str, list[tuple[Target, Tensor]]]
 
 
+def places_of(twin: Twin, targets: Sequence[Target]) -> list[tuple[str, Watch]]:
+    """Return where a network's calls tell the inputs of some weights, by their names."""
+    return [(t.name, watch) for t in targets for watch in watches_of(twin.model, t)[0]]
+
+
 def inputs_met(
     twins: tuple[Twin, Twin],
-    targets: Sequence[Target],
+    places: Sequence[tuple[str, Watch]],
     batch: Any,
     calibration: Calibration,
     number: int,
+    replay: Replay | None = None,
 ) -> tuple[Met, Met]:
     """Return what each weight meets in the float network and in the other, driven by the float one's decisions.
 
     Args:
         twins: The float network, and another; the same twice is run once.
-        targets: The weights.
+        places: Of the weights; see `places_of`.
         batch: As the calibration's loop brings it.
         calibration: How it is run.
         number: Of the batch, for messages.
+        replay: What need not be run again.
     """
     exact, rounded = twins
-    taken = Decisions()
+    taken, replay = Decisions(), replay or Replay([], {})
     with taken.recorded():
-        floats = _inputs(exact, targets, batch, calibration.forward, number)
+        floats = _inputs(exact, places, batch, calibration.forward, replay, (0, number))
     if rounded is exact:
         return floats, floats
     with taken.followed():
-        return floats, _inputs(rounded, targets, batch, calibration.forward, number)
+        met = _inputs(rounded, places, batch, calibration.forward, replay, (1, number))
+    return floats, met
 
 
 def _add_(sums: _Sums, apart: _Sums, pair: tuple[Tensor, Tensor], share: float) -> None:
@@ -197,30 +244,59 @@ def _add_(sums: _Sums, apart: _Sums, pair: tuple[Tensor, Tensor], share: float) 
         apart.add_(*(part[:, kept:] for part in pair))
 
 
-def _thinned(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same evenly spaced positions of both, no more than a chunk can need."""
-    most = max(_POSITIONS, 2 * x.shape[2])
-    every = max(x.shape[1] // most, 1)
+def _thinned(x: Tensor, f: Tensor, met: int) -> tuple[Tensor, Tensor]:
+    """Return the same evenly spaced positions of both, no more than a chunk, or all the data, can need.
+
+    Args:
+        x: (groups, positions, columns).
+        f: Likewise.
+        met: Positions in all, if every batch is like this one.
+    """
+    columns = x.shape[2]
+    chunk = max(_POSITIONS, 2 * columns)
+    every = max(x.shape[1] // chunk, met // max(2 * columns, _ELEMENTS // columns), 1)
     if every % 2 == 0:
         every += 1  # an odd stride meets every column of an even-sized image
     return x[:, ::every], f[:, ::every]
 
 
+def add_lower_(total: Tensor, x: Tensor) -> None:
+    """Add `x^T x` of (groups, positions, columns) to (groups, columns, columns), its lower part in blocks.
+
+    What stands above the blocks on the diagonal is left as it is, for `mirror_` to fill.
+    """
+    for start in range(0, x.shape[2], _SIDE):
+        stop = start + _SIDE
+        total[:, start:stop, :stop].baddbmm_(x[:, :, start:stop].mT, x[:, :, :stop])
+
+
+def mirror_(total: Tensor) -> None:
+    """Fill what stands above the blocks on the diagonal of a symmetric matrix from below them."""
+    for start in range(0, total.shape[2], _SIDE):
+        stop = start + _SIDE
+        total[:, start:stop, stop:] = total[:, stop:, start:stop].mT
+
+
 def _inputs(
-    twin: Twin, targets: Sequence[Target], batch: Any, forward: Forward, number: int
+    twin: Twin,
+    watches: Sequence[tuple[str, Watch]],
+    batch: Any,
+    forward: Forward,
+    replay: Replay,
+    key: Key,
 ) -> Met:
-    watches = [(t.name, w) for t in targets for w in watches_of(twin.model, t)[0]]
     met: Met = {}
 
     def see(index: int, value: Tensor) -> None:
         name, watch = watches[index]
         if not torch.isfinite(value).all():
             raise ArgumentError(
-                f"the inputs of {name} hold NaN or infinity in calibration batch {number}. "
+                f"the inputs of {name} hold NaN or infinity in calibration batch {key[1]}. "
                 "Check the batch and the weights before this layer, or exclude the layer."
             )
         met.setdefault(name, []).append((watch.target, value.detach().clone()))
 
-    with watched_calls([w for _, w in watches], see):
+    last = replay.part_of([watch.module for _, watch in watches])
+    with watched_calls([w for _, w in watches], see), replay.passing(key, last):
         twin.run(forward, batch)
     return met

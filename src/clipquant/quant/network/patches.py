@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeAlias
@@ -124,8 +125,10 @@ def heads_output(attention: nn.MultiheadAttention, call: Call) -> Tensor:
     """Return the inputs of an attention's output projection, which is no call of its own."""
     args, kwargs, _ = call
     projection = attention.out_proj
-    plain = nn.Linear(attention.embed_dim, attention.embed_dim, bias=False)
-    plain.weight = nn.Parameter(torch.eye(attention.embed_dim).to(projection.weight))
+    plain = nn.Linear(attention.embed_dim, attention.embed_dim, bias=False, device="meta")
+    weight = projection.weight
+    eye = torch.eye(attention.embed_dim, dtype=weight.dtype, device=weight.device)
+    plain.weight = nn.Parameter(eye)
     attention._modules["out_proj"] = plain
     try:
         return _tensor(attention.forward(*args, **kwargs)[0])
@@ -166,6 +169,36 @@ def patches(target: Target, value: Tensor) -> Iterator[Tensor]:
         stride = (1,) * spatial if isinstance(module, _TRANSPOSED) else module.stride
         flip = isinstance(module, _TRANSPOSED)
         yield _unfold(image, module.kernel_size, stride, module.dilation, module.groups, flip)
+
+
+def positions_of(target: Target, value: Tensor) -> int:
+    """Return how many positions `patches` yields in all.
+
+    >>> from clipquant.quant.codes.layout import Layout
+    >>> target = Target("weight", nn.Conv2d(1, 2, 2, stride=2), "weight", Layout((2, 1, 2, 2)))
+    >>> positions_of(target, torch.ones(3, 1, 4, 6))
+    18
+    """
+    module = target.module
+    if not isinstance(module, (*_CONV, *_TRANSPOSED)):
+        groups = value.shape[0] if target.attribute == "in_proj_weight" else 1
+        return value.numel() // max(groups * target.layout.columns, 1)
+    kernel: tuple[int, ...] = module.kernel_size
+    samples = 1 if value.dim() == len(kernel) + 1 else value.shape[0]
+    return samples * math.prod(
+        _places(module, d, size) for d, size in enumerate(value.shape[-len(kernel) :])
+    )
+
+
+def _places(module: Any, d: int, size: int) -> int:
+    """Return the positions along one axis at which a convolution puts out something."""
+    reach = module.dilation[d] * (module.kernel_size[d] - 1) + 1
+    if isinstance(module, _TRANSPOSED):
+        padding: Any = module.padding  # of these never a word
+        pads = 2 * padding[d] - module.output_padding[d]
+        return int((size - 1) * module.stride[d] + reach - pads)
+    pads = sum(module._reversed_padding_repeated_twice[::-1][2 * d : 2 * d + 2])
+    return int((size + pads - reach) // module.stride[d] + 1)
 
 
 def _pad(module: Any, x: Tensor) -> Tensor:
