@@ -19,7 +19,7 @@ from torch import nn
 
 from clipquant import load_quantized, quantize
 
-LAYERS, SIDE = 24, 2048
+LAYERS, SIDE, SMALL = 24, 2048, 512
 
 
 def make(layers, side):
@@ -39,7 +39,9 @@ def resident():
 @torch.no_grad()
 def measure(path, small):
     """Print the shares after loading, after a pass of each batch size, and the highest of the passes."""
-    load_quantized(small, make(1, 64), packed=True)(torch.zeros(1, 64))
+    like = load_quantized(small, make(1, SMALL), packed=True)
+    for batch in (1, 32):
+        like(torch.randn(batch, SMALL))
     nn.Linear(SIDE, SIDE)(torch.zeros(32, SIDE))
     with torch.device("meta"):
         model = make(LAYERS, SIDE)
@@ -74,7 +76,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for bits in args.bits:
             paths = [f"{folder}/{name}" for name in ("model", "small")]
-            for path, model in zip(paths, (make(LAYERS, SIDE), make(1, 64)), strict=True):
+            for path, model in zip(paths, (make(LAYERS, SIDE), make(1, SMALL)), strict=True):
                 quantize(model, bits, method="rtn").save(path)
             command = [sys.executable, __file__, "--measure", *paths]
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout

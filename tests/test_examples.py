@@ -1,6 +1,8 @@
-"""Every configuration under examples/ runs through the real command line, shortened where it is long."""
+"""Every example runs: configurations through the real command line, scripts as functions; the long ones shortened."""
 
 import csv
+import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ SHORT = [
     "--trainer.limit_train_batches=8",
     "--trainer.limit_val_batches=1",
     "--trainer.log_every_n_steps=1",
+    "--data.batch_size=16",
+    "--data.eval_batch_size=50",
 ]
 WHOLE = {
     "quickstart": ["--trainer.max_epochs=1"],
@@ -30,7 +34,7 @@ WHOLE = {
 
 def run(path, folder):
     """Run an example in `folder` and return the path of the artifact and the last value of each logged metric."""
-    if path.stem == "fashion_mnist" and not DEBIAN_FOLDER.is_dir():
+    if "FashionMNIST" in path.read_text() and not DEBIAN_FOLDER.is_dir():
         pytest.skip("the Debian package dataset-fashion-mnist is not installed")
     logger = [
         "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
@@ -124,8 +128,78 @@ def check_norm_clip_4bit(artifact, metrics):
     assert tensors["fc1.weight"].group_size == 64
 
 
+def check_qat_2bit(artifact, metrics):
+    tensors = read_artifact(artifact).weights.tensors
+    assert {(tensor.bits, tensor.method) for tensor in tensors.values()} == {(2, "qat")}
+
+
+def check_deep_compression(artifact, metrics):
+    weights = read_artifact(artifact).weights
+    assert {name: tensor.levels for name, tensor in weights.tensors.items()} == {
+        "conv1.weight": 14,
+        "conv2.weight": 2,
+        "fc1.weight": 2,
+        "fc2.weight": 2,
+    }
+    zeros = sum(int((weights.state_dict()[name] == 0).sum()) for name in weights.tensors)
+    assert zeros >= 0.97 * sum(tensor.numel for tensor in weights.tensors.values()) - 1
+
+
+def check_prune_indicator(artifact, metrics):
+    state = load_quantized(artifact)
+    for name in ("conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"):
+        assert float((state[name] == 0).float().mean()) >= 0.79
+
+
 CHECKS = {
+    "prune_indicator": check_prune_indicator,
+    "deep_compression": check_deep_compression,
+    "qat_2bit": check_qat_2bit,
     "norm_clip_4bit": check_norm_clip_4bit,
     "quickstart": check_quickstart,
     "reference": check_reference,
 }
+
+
+def script(name):
+    """Return the `main` of a Python example."""
+    return runpy.run_path(str(EXAMPLES[0].with_name(f"{name}.py")))["main"]
+
+
+def test_example_of_an_own_module(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        report = script("own_module")(max_epochs=1)
+    assert report.quantized_metrics["val_acc"] > 0.8
+    assert report.mode == "max"
+    assert report.ratio > 7
+    # Lightning's line about torch stands there as often as the fit alone would say it, not once more for us.
+    assert sum("LeafSpec" in str(item.message) for item in told) <= 2
+    assert "torch.Size([1, 10])" in capsys.readouterr().out
+
+
+def test_example_of_hugging_face(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    report = script("hugging_face")(max_epochs=1, examples=64, export=())
+    names = {layer.name for layer in report.layers}
+    assert "model.bert.embeddings.word_embeddings.weight" in names
+    assert all(layer.bits == 4 for layer in report.layers)
+    assert "tensor([[" in capsys.readouterr().out
+
+
+def test_example_of_a_trained_checkpoint(tmp_path, capsys):
+    net, data = TwoConvNet(lr=0.002), MNIST5k(batch_size=64)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_steps=25, limit_val_batches=0, enable_checkpointing=False, accelerator="cpu", **quiet
+    )
+    trainer.fit(net, data)
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    before, after = script("trained_checkpoint")(tmp_path / "net.ckpt", tmp_path, method="mse")
+    assert before > 0.7
+    assert after > before - 0.05
+    out = capsys.readouterr().out
+    assert "QuantizationReport: 4 weights at 3" in out
+    assert f"{(tmp_path / 'model.safetensors').stat().st_size:,} bytes" in out

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from clipquant.errors import PlaceError
 from clipquant.files import write_whole
 
 
@@ -63,3 +64,17 @@ def test_a_process_that_dies_while_writing_leaves_the_old_file(tmp_path):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", source], env=env, check=False).returncode == 9
     assert path.read_bytes() == b"old"
+
+
+def test_a_place_that_cannot_be_is_told_with_its_remedy(tmp_path):
+    with pytest.raises(PlaceError, match="is a folder; name the file to write in it"):
+        write_whole(tmp_path, b"new")
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(
+        PlaceError, match=r"cannot be written .* name a place that is writable"
+    ) as error:
+        write_whole(tmp_path / "file" / "inner", b"new")
+    assert error.value.errno in (errno.ENOTDIR, errno.EEXIST)
+    assert "tmp" not in str(error.value).replace(str(tmp_path), "")
+    assert isinstance(error.value, OSError)
+    assert not str(error.value).startswith("[Errno")

@@ -1,4 +1,4 @@
-"""Runs every function `check_*` of some scripts in one of two processes that share a gloo group.
+"""Runs every function `check_*` of some scripts in one of two processes, or as many as PROCESSES says, in a gloo group.
 
 Usage: python two_processes.py RANK FOLDER SCRIPT... What each check came to is written to FOLDER/outRANK as JSON:
 nothing, or the traceback. The fixture `in_two_processes` starts both processes.
@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+COUNT = int(os.environ.get("PROCESSES", "2"))
+
 
 def tell_lightning():
-    """Let a Trainer of two devices take this process and the group that exists already."""
-    os.environ.update(LOCAL_RANK=str(dist.get_rank()), NODE_RANK="0", WORLD_SIZE="2")
+    """Let a Trainer of as many devices take this process and the group that exists already."""
+    os.environ.update(LOCAL_RANK=str(dist.get_rank()), NODE_RANK="0", WORLD_SIZE=str(COUNT))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")  # nothing connects
 
@@ -48,7 +50,7 @@ def run(rank, folder, scripts):
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=2,
+        world_size=COUNT,
         timeout=timedelta(seconds=30),
     )
     results = {}

@@ -27,7 +27,14 @@ class RunError(ClipquantError, RuntimeError):
 
 
 class PlaceError(ClipquantError, OSError):
-    """A place on disk that cannot be read or written."""
+    """A place on disk that cannot be read or written.
+
+    >>> print(PlaceError(13, "model.bin cannot be written"))
+    model.bin cannot be written
+    """
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
 
 
 class MissingFileError(PlaceError, FileNotFoundError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -43,6 +44,20 @@ def write_whole(path: str | Path, data: bytes) -> None:
     b'whole' ['a.bin']
     """
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise PlaceError(errno.EISDIR, f"{path} is a folder; name the file to write in it")
+    try:
+        _write_whole(path, data)
+    except PlaceError:
+        raise
+    except OSError as error:
+        raise PlaceError(
+            error.errno,
+            f"{path} cannot be written ({error.strerror or error}); name a place that is writable and has room",
+        ) from error
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
     with _temporary(path) as (file, place):

@@ -47,6 +47,7 @@ class StoredTrial:
     value: float | None
     what: str
     chosen: bool
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class StoredBudget:
     max_size: int | None = None
     failure: str = ""
     trials: tuple[StoredTrial, ...] = ()
+    confidence: float | None = None
+    sure: float | None = None
+    unsure: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class StoredReport:
         after: Those of the quantized model.
         monitor: The metric that judges.
         mode: "min" or "max".
+        drop_error: Standard error of that metric's drop; None: not known.
         seed: The run's.
         calibration: Which data the quantizer saw.
         environment: Versions and machine.
@@ -80,6 +85,7 @@ class StoredReport:
     after: Mapping[str, float | None] = field(default_factory=dict)
     monitor: str | None = None
     mode: str | None = None
+    drop_error: float | None = None
     seed: int | None = None
     calibration: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -102,6 +108,7 @@ def write_stored(report: StoredReport) -> dict[str, Any]:
         for name in ("monitor", "mode", "seed", "calibration", "environment")
     }
     about["failures"] = list(report.failures)
+    about["drop_error"] = report.drop_error
     if report.before or report.after:
         about["metrics"] = [dict(report.before), dict(report.after)]
     details: dict[str, Any] = {
@@ -113,6 +120,13 @@ def write_stored(report: StoredReport) -> dict[str, Any]:
         about["budget"] = {
             "max_drop": asked.max_drop, "max_size": asked.max_size, "failure": asked.failure, "trials": trials,
         }  # fmt: skip
+        chance = {
+            "errors": [t.error for t in asked.trials] if any(t.error for t in asked.trials) else None,
+            "confidence": asked.confidence, "sure": asked.sure, "unsure": asked.unsure,
+        }  # fmt: skip
+        about["budget"] |= {
+            name: value for name, value in chance.items() if value not in (None, "")
+        }
     about = {k: v for k, v in about.items() if v not in (None, "", {}, [])}
     return {"report": about, "details": {k: v for k, v in details.items() if v}}
 
@@ -135,6 +149,7 @@ def read_stored(about: Any, details: Any = None) -> StoredReport:
         after=_metrics(after, "report.metrics[1]"),
         monitor=_maybe_text(held.get("monitor"), "report.monitor"),
         mode=_mode(held.get("mode")),
+        drop_error=_maybe_number(held.get("drop_error"), "report.drop_error"),
         seed=_maybe_whole(held.get("seed"), "report.seed"),
         calibration=text(held.get("calibration", ""), "report.calibration"),
         environment={
@@ -178,20 +193,28 @@ def _read_layer(value: Any, at: str) -> StoredLayer:
 def _read_budget(value: Any) -> StoredBudget | None:
     if value is None:
         return None
-    held = entries(value, "report.budget")
-    found = items(held.get("trials", []), "report.budget.trials")
+    held, at = entries(value, "report.budget"), "report.budget"
+    found = items(held.get("trials", []), f"{at}.trials")
+    errors = items(held.get("errors", [None] * len(found)), f"{at}.errors", len(found))
     return StoredBudget(
-        _maybe_number(held.get("max_drop"), "report.budget.max_drop"),
-        _maybe_whole(held.get("max_size"), "report.budget.max_size"),
-        text(held.get("failure", ""), "report.budget.failure"),
-        tuple(_read_trial(trial, f"report.budget.trials[{i}]") for i, trial in enumerate(found)),
+        _maybe_number(held.get("max_drop"), f"{at}.max_drop"),
+        _maybe_whole(held.get("max_size"), f"{at}.max_size"),
+        text(held.get("failure", ""), f"{at}.failure"),
+        tuple(
+            _read_trial(trial, error, f"{at}.trials[{i}]")
+            for i, (trial, error) in enumerate(zip(found, errors, strict=True))
+        ),
+        _maybe_number(held.get("confidence"), f"{at}.confidence"),
+        _maybe_number(held.get("sure"), f"{at}.sure"),
+        text(held.get("unsure", ""), f"{at}.unsure"),
     )
 
 
-def _read_trial(value: Any, at: str) -> StoredTrial:
+def _read_trial(value: Any, error: Any, at: str) -> StoredTrial:
     size, measured, what, chosen = items(value, at, 4)
     chosen = flag(chosen, at) if isinstance(chosen, bool) else bool(whole(chosen, at, 0, 1))
-    return StoredTrial(whole(size, at), _maybe_number(measured, at), text(what, at), chosen)
+    own = _maybe_number(error, at)
+    return StoredTrial(whole(size, at), _maybe_number(measured, at), text(what, at), chosen, own)
 
 
 def _metrics(value: Any, at: str) -> dict[str, float | None]:

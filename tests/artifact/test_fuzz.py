@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
-INPUTS = 20_000
+INPUTS = 5_000
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ def resident():
 
 with torch.device("meta"):
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(layers)))
-like = load_quantized(small, nn.Linear(8, 8), packed=True)  # imports what loading imports
-with torch.no_grad():  # threads and kernels that any model takes
-    like(torch.zeros(4, 8)), nn.Linear(1024, 1024)(torch.zeros(4, 1024))
+like = load_quantized(small, nn.Linear(512, 512), packed=True)  # imports what loading imports
+with torch.no_grad():  # threads and kernels that a small model takes
+    like(torch.randn(4, 512)), nn.Linear(1024, 1024)(torch.zeros(4, 1024))
 before = resident()
 load_quantized(path, model, packed=True)
 loaded = resident()
@@ -85,7 +85,7 @@ def test_memory_is_about_the_files_size_before_and_after_a_forward(tmp_path):
     layers = 96  # 100 M parameters
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(layers)))
     path = quantize(model, 4, method="rtn").save(tmp_path / "a.safetensors")
-    small = quantize(nn.Linear(8, 8)).save(tmp_path / "b.safetensors")
+    small = quantize(nn.Linear(512, 512), 4, method="rtn").save(tmp_path / "b.safetensors")
     names = {"source": str(Path(clipquant.__file__).parents[1]), "layers": layers}
     names |= {"path": str(path), "small": str(small)}
     head = "".join(f"{k} = {v!r}\n" for k, v in names.items())

@@ -106,6 +106,59 @@ def test_bad_budgets_are_told_with_the_remedy(problem: Any) -> None:
         quantize(model, "auto", max_size=9000, data=data, granularity="tensor")
 
 
+@pytest.mark.parametrize(("lucky", "chosen"), [(1, "rows"), (4, "rows"), (60, "uniform")])
+def test_a_size_is_filled_by_rows_unless_one_width_is_better_beyond_chance(
+    problem: Any, lucky: int, chosen: str
+) -> None:
+    model, data, _ = problem
+    calls: list[int] = []
+
+    def right(_m: nn.Module) -> torch.Tensor:
+        """The float network's, then rows', then one width's: a few of 500 right by luck."""
+        calls.append(400 + (lucky if len(calls) == 2 else 0))
+        return torch.arange(500) < calls[-1]
+
+    made = quantize(model, "auto", max_size=4500, data=data, score=right, progress=False)
+    assert [t.what for t in made.report.budget.trials if t.chosen] == [chosen]
+    full, uniform, *curve = made.report.budget.trials
+    assert [full.chosen, uniform.chosen] == [chosen == "rows", chosen == "uniform"]
+    assert not any(t.chosen for t in curve)
+
+
+def test_a_figure_for_each_sample_gives_the_drop_its_error(problem: Any) -> None:
+    model, data, score = problem
+    x = torch.cat(data)
+    y = model(x).argmax(1)
+
+    def right(m: nn.Module) -> torch.Tensor:
+        return m(x).argmax(1) == y
+
+    asked: dict[str, Any] = {"max_drop": 0.01, "data": data, "progress": False}
+    sure = quantize(model, "auto", score=right, confidence=0.99, **asked).report
+    plain = quantize(model, "auto", score=right, **asked).report
+    alone = quantize(model, "auto", score=lambda m: float(right(m).float().mean()), **asked).report
+    assert sure.bits_per_weight > plain.bits_per_weight > alone.bits_per_weight
+    assert sure.budget.sure > 0.99 > plain.budget.sure > 0.84
+    assert sure.drop + 2 * sure.drop_error < 0.01
+    assert "% sure" in plain.verdict
+    assert f"+- {plain.drop_error:.2g}"[:6] in plain.verdict
+    assert alone.budget.sure is None
+    assert alone.drop_error is None
+    assert "one figure" in alone.budget.unsure
+    assert any("kept by the drop measured" in worry for worry in alone.worries)
+
+
+def test_confidence_goes_with_a_drop_alone(problem: Any, tmp_path: Path) -> None:
+    model, data, _ = problem
+    with pytest.raises(ValueError, match=r"above 0\.5 and below 1, such as 0\.95; got 95"):
+        quantize(model, "auto", max_drop=0.1, data=data, confidence=95)
+    with pytest.raises(ValueError, match="without max_drop"):
+        QuantizeOnFitEnd("auto", max_size=0.1, confidence=0.9)
+    for door in (QuantizeOnFitEnd, lambda *a, **k: quantize(model, *a, **k)):
+        with pytest.raises(ValueError, match=r"got bits=4 with confidence=0\.9"):
+            door(4, confidence=0.9)
+
+
 class Lit(pl.LightningModule):
     """The network of the problem; logs under two names."""
 
@@ -157,6 +210,11 @@ def test_the_callback_keeps_both_budgets(problem: Any, tmp_path: Path, steps: bo
     assert (tmp_path / "model.safetensors").stat().st_size == report.size_bytes <= 8000
     assert report.drop is not None
     assert report.drop <= 0.03
+    assert report.drop_error is not None
+    assert report.drop + report.drop_error <= 0.03
+    assert report.budget.sure is not None
+    assert report.budget.sure > 0.84
+    assert report.budget.trials[0].error == report.drop_error
     state = load_quantized(tmp_path / "model.safetensors")
     assert all(torch.equal(t, state[n]) for n, t in module.state_dict().items())  # type: ignore[index]
     assert ("loss of training_step" if steps else "divergence of the outputs") in report.calibration

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clipquant import QuantizeOnFitEnd, quantize
-from clipquant.errors import ArgumentError, ArgumentTypeError
+from clipquant.errors import ArgumentError, ArgumentTypeError, RunError
 
 
 def net() -> nn.Module:
@@ -69,3 +69,35 @@ def test_what_quantize_gives_prints_as_a_few_lines() -> None:
     assert len(repr(made).splitlines()) < 8
     assert "smaller" in repr(made)
     assert "<table>" in made._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"bits": "8"}, "Leave out the quotes"),
+        ({"granularity": "64"}, "Leave out the quotes"),
+        ({"symmetric": "yes"}, "symmetric must be true, false or None.*'yes'"),
+        ({"include": "fc*"}, r"include must be a list of globs.*Write \['fc\*'\]"),
+        ({"exclude": "fc*"}, r"exclude must be a list of globs.*Write \['fc\*'\]"),
+        ({"exclude": 3}, "exclude must be a list of globs.*got 3"),
+        ({"overrides": ["fc*"]}, r"Write a dict such as"),
+        ({"overrides": {"fc*": 9}}, r"overrides\['fc\*'\]: bits must be"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_named_by_both_doors(given: Any, said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        quantize(nn.Linear(8, 8), **given)
+    with pytest.raises(ArgumentError, match=said):
+        QuantizeOnFitEnd(**given)
+
+
+@pytest.mark.parametrize("value", ["a", None, [1, 2]])
+def test_a_score_that_is_no_number_is_named(value: Any) -> None:
+    with pytest.raises(RunError, match="score must return a number, higher is better; got"):
+        quantize(nn.Linear(8, 8), 8, score=lambda model: value)
+
+
+def test_a_budget_that_bounds_nothing_is_warned_of() -> None:
+    data = [torch.randn(16, 32)]
+    with pytest.warns(UserWarning, match="max_drop=5 lets score fall from 0.9 to nothing"):
+        quantize(nn.Linear(32, 64), "auto", max_drop=5, data=data, score=lambda model: 0.9)

@@ -11,7 +11,7 @@ from torch import nn
 from clipquant import quantize
 from clipquant.export import ExportRecord, Timing
 from clipquant.report import QuantizationReport
-from clipquant.report.exports import export_remarks, export_rows
+from clipquant.report.exports import EXPORT_HEADER, export_remarks, export_rows, export_table
 
 
 @pytest.fixture
@@ -37,6 +37,14 @@ def test_rows_show_the_monitored_metric_and_every_batch(report: QuantizationRepo
     assert rows[1] == ("b", "20", "-", "-", "-")
     assert [row[:2] for row in rows[2:]] == [("c", "failed"), ("d", "failed"), ("e", "failed")]
     assert export_rows(replace(report, monitor="other"))[0][2] == "acc 0.5"
+
+
+def test_columns_in_which_nothing_was_measured_are_left_out(report: QuantizationReport) -> None:
+    header, rows = export_table(report)
+    assert header == EXPORT_HEADER
+    assert rows == export_rows(report)
+    bare = replace(report, exports=report.exports[1:3])
+    assert export_table(bare) == (("export", "bytes"), [("b", "20"), ("c", "failed")])
 
 
 def test_exports_that_failed_for_one_reason_share_a_remark(report: QuantizationReport) -> None:

@@ -77,7 +77,7 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.fetched += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action")]
-        if tag not in ("meta", "link", "br", "img", "input"):
+        if tag not in ("meta", "link", "br", "wbr", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -97,22 +97,48 @@ def test_page_says_everything_once_it_is_known() -> None:
     text = render_page(report())
     for said in (
         "Budget met: drop at most 0.03 and at most 2,500 bytes",
-        "val_acc 0.91 to 0.89",
-        "float 0.3, same batches",
+        "val_acc 0.910 to 0.890",
+        "float 0.300, same batches",
         "1.5 ms",
         "batch 32, 2 threads",
         "ab" * 32,
         "16 batches of the train dataloader",
         "bias, normalization or other vector",
-        "quantized/&lt;model&gt; &amp; co.safetensors",
-        "<td>1,234,567</td><td>val_acc 0.885</td><td>0.250 (batch 1)</td><td>0.710 (batch 1)</td>",
+        "quantized/<wbr>&lt;model&gt; &amp; co.safetensors",
+        '<td data-label="bytes">1,234,567</td><td data-label="metric">val_acc 0.885</td>',
+        '<td data-label="latency, ms">0.250 (batch 1)</td>',
+        '<td data-label="float ONNX, ms">0.710 (batch 1)</td>',
         "medians in onnxruntime with 2 threads",
         "activation ranges by MinMax",
         "pt2 failed: Net has no &lt;graph&gt;",
     ):
         assert said in text
+    assert (
+        "<li>Export pt2 failed: Net has no &lt;graph&gt;</li>" in text
+    )  # among what is to be looked at
     missed = replace(report(), budget=Budget(0.01, failure="the drop is 0.02"))
     assert 'class="verdict missed">Budget missed: the drop is 0.02' in render_page(missed)
+
+
+def test_page_says_what_is_not_believed() -> None:
+    turned = replace(report(), mode="min", budget=None, quantized_metrics={"val_acc": 0.1})
+    text = render_page(turned)
+    assert 'class="verdict missed">Not believed: val_acc went from 0.91 to 0.1' in text
+    assert text.count("more than rounding weights can explain") == 1
+    failed = replace(report(), failures=("exporting: no room; the file is whole",))
+    assert "<li>exporting: no room; the file is whole</li>" in render_page(failed)
+
+
+def test_page_of_one_width_shows_neither_widths_nor_what_was_not_estimated() -> None:
+    made = quantize(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20)), 8).report
+    text = render_page(made)
+    assert "<h2>Bits</h2>" not in text
+    assert "sensitivity" not in text
+    assert "256 values in steps of" not in text  # 255 steps of 8 bits, symmetric about zero
+    assert "255 values in steps of" in text
+    assert text.count('class="level"') == 2 * 3  # ends of the grid and the line that joins them
+    assert "<h2>Bits</h2>" in render_page(report())
+    assert "sensitivity" in render_page(report())
 
 
 def test_page_of_a_bare_report_has_no_empty_sections() -> None:
@@ -174,6 +200,16 @@ def test_fits_phone_and_desktop_in_both_schemes(
              && element.getBoundingClientRect().right > innerWidth + 1).length"""
     )
     assert spilt == 0
+    beyond = browser.execute_script(
+        """return [...document.querySelectorAll(".scroll")]
+             .filter((table) => table.scrollWidth > table.clientWidth + 1).length"""
+    )
+    assert beyond == 0
+    if width < 500:
+        label = browser.execute_script(
+            """return getComputedStyle(document.querySelector(".sortable td:last-child"), "::before").content"""
+        )
+        assert label.startswith("attr(data-label)") or "share of file" in label
     paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     shades = [int(part) for part in re.findall(r"\d+", paper)[:3]]
     assert max(shades) < 60 if scheme == "dark" else min(shades) > 200
@@ -224,6 +260,26 @@ def test_a_click_on_a_heading_sorts_and_a_second_turns_it_round(browser: Any) ->
 
 
 def test_still_no_console_errors_after_use(browser: Any) -> None:
+    assert browser.get_log("browser") == []
+
+
+def test_a_long_table_is_folded_and_sorts_whole(browser: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8 + i % 3) for i in range(40)))
+    path = tmp_path / "many.html"
+    path.write_text(render_page(quantize(model, 4).report), "utf-8")
+    browser.get(path.as_uri())
+    shown = """return [...document.querySelectorAll(".sortable tbody tr")]
+                 .filter((row) => row.getBoundingClientRect().height > 0).length"""
+    assert browser.execute_script(shown) == 24
+    browser.execute_script("document.querySelectorAll('.sortable th button')[0].click()")
+    assert column(browser, 0)[0] == "9.weight"
+    assert (
+        browser.execute_script("return document.querySelector('.more').textContent")
+        == "Show all 40"
+    )
+    browser.execute_script("document.querySelector('.more').click()")
+    assert browser.execute_script(shown) == 40
+    assert "The 24 lowest of 40 weights" in path.read_text("utf-8")
     assert browser.get_log("browser") == []
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from clipquant import quantize
 from clipquant.export import ExportRecord, Timing
-from clipquant.report import Latency
+from clipquant.report import Latency, render_page
 from clipquant.report import table as tables
 from clipquant.report.exports import EXPORT_HEADER, export_rows
 from clipquant.report.summary import figures_of
@@ -45,6 +45,60 @@ def test_layers_shares_add_up_to_less_than_the_file() -> None:
     assert [row[0] for row in rows] == ["0.weight", "1.weight"]
     assert 0 < sum(float(row[-1].rstrip("%")) for row in rows) < 100
     assert len(rows[0]) == len(tables.LAYER_HEADER)
+
+
+def test_order_of_metrics_is_one_everywhere() -> None:
+    metrics = {"val_loss": 0.1, "a_metric": 3.0, "val_acc": 0.9}
+    one = replace(report(), float_metrics=metrics, quantized_metrics=metrics)
+    for rows in (figures_of(one), tables.compare_rows(one, one)):
+        assert [row[0] for row in rows[:3]] == ["val_acc (monitored)", "a_metric", "val_loss"]
+    page = render_page(one)
+    tiles = [page.index(f'class="what">{name}<') for name in ("val_acc", "a_metric", "val_loss")]
+    assert tiles == sorted(tiles)
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_eighty_columns_break_no_name_in_mid_word_and_no_figure(
+    rich: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    if not rich:
+        monkeypatch.setattr(tables, "find_spec", lambda name: None)
+    made = report()
+    name = "sentence_encoder.layers.11.attention.output.dense.weight"
+    long = replace(made, layers=(replace(made.layers[0], name=name, bytes=1_179_904),))
+    long = replace(long, path="runs/version_10/quantized/model.safetensors")
+    tables.print_report(long)
+    tables.print_compared(long, replace(long, path="runs/version_11/quantized/model.safetensors"))
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if not line.startswith(("Artifact", "Load it"))]
+    assert max(map(len, lines)) <= 80
+    assert "1,179,904" in out
+    assert "version_10" in next(line for line in lines if "version_11" in line)
+    pieces = (
+        "sentence_",
+        "encoder.",
+        "layers.",
+        "11.",
+        "attention.",
+        "output.",
+        "dense.",
+        "weight",
+    )
+    broken = [word for line in lines for word in line.replace("│", " ").split() if "." in word]
+    for word in broken:
+        rest = word
+        for piece in pieces:
+            rest = rest.removeprefix(piece)
+        assert rest == "" or not name.count(word), word
+
+
+def test_a_pipe_gets_whole_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    tables.print_table("T", ("name", "bytes"), [("layer." * 40 + "weight", "1")])
+    assert "layer." * 40 + "weight" in capsys.readouterr().out
 
 
 def test_compare_lays_two_reports_side_by_side() -> None:

@@ -13,10 +13,12 @@ from torch import Tensor
 from clipquant._version import __version__
 from clipquant.artifact.envelope import find_damage, open_sealed, read_bytes, seal, sealed_size
 from clipquant.artifact.fault import ArtifactError
-from clipquant.artifact.schema import PARTS, Manifest
+from clipquant.artifact.schema import CODING, PARTS, Manifest
 from clipquant.artifact.table import DATA, DIGESTS, TABLE
 from clipquant.artifact.weights import Parts, outline, unpacked_weight
+from clipquant.errors import MissingPackageError
 from clipquant.files import write_whole
+from clipquant.quant.codes.entropy import coder_library
 from clipquant.quant.codes.pack import pack, packed_bytes
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights
@@ -151,10 +153,12 @@ def verify_artifact(path: str | Path) -> list[str]:
     """
     try:
         damage = find_damage(path)
-        if not damage:
-            read_outline(path)
+        if not damage and any(
+            t.stream is not None for t in read_outline(path).weights.tensors.values()
+        ):
+            coder_library()
         return damage
-    except ArtifactError as error:
+    except (ArtifactError, MissingPackageError) as error:
         return [str(error)]
 
 
@@ -187,7 +191,8 @@ def _stored(
     stored = dict(weights.floats)
     for name, tensor in weights.tensors.items():
         bits = tensor.bits if isinstance(tensor.bits, Tensor) else None
-        held = (pack(tensor.codes, tensor.bits), tensor.scale, tensor.zero, bits)
+        codes = pack(tensor.codes, tensor.bits) if tensor.stream is None else tensor.stream
+        held = (codes, tensor.scale, tensor.zero, bits)
         for part, value in zip(PARTS, held, strict=True):
             key = f"{name}.{part}"
             if key in stored:
@@ -220,6 +225,8 @@ def _describe(tensor: QuantizedTensor) -> dict[str, Any]:
         said |= {"axis": layout.axis, "groups": layout.groups}
     if tensor.dtype != torch.float32:
         said["dtype"] = str(tensor.dtype).removeprefix("torch.")
+    if tensor.stream is not None:
+        said["coding"] = CODING
     return said
 
 

@@ -20,13 +20,14 @@ from clipquant.artifact.schema import (
     Entry,
     Manifest,
     listed_entries,
+    oldest_version,
     read_entries,
     read_manifest,
 )
 from clipquant.artifact.table import DATA, DIGESTS, TABLE, Frame, framed, inflate
 from clipquant.fields import FieldError, entries, fault, read_json, text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # the newest that is read
 ROOM = (
     32 << 20
 )  # bytes that what is read may take in memory before the file's own bytes have paid for it
@@ -102,7 +103,7 @@ def _frame(tensors: Mapping[str, Tensor], about: Mapping[str, Any], digests: byt
         (name, KINDS[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes)
         for name in _ordered(tensors)
     ]
-    return framed(_KEY, listed, {**about, "format_version": FORMAT_VERSION}, digests, _BLANK)
+    return framed(_KEY, listed, {**about, "format_version": oldest_version(about)}, digests, _BLANK)
 
 
 def open_sealed(data: bytearray, path: str | Path) -> Opened:

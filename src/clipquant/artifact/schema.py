@@ -27,6 +27,11 @@ KINDS = {
 _DTYPES = {name: dtype for dtype, name in KINDS.items()}
 FLOATS = {str(d).removeprefix("torch."): d for d in KINDS if d.is_floating_point and d.itemsize > 1}
 PARTS = ("q", "scale", "zero", "bits")
+CODING = "range"  # what the record of a weight says whose codes are an adaptive range coder's
+DENSE_VERSION, CODED_VERSION = (
+    2,
+    3,
+)  # of the format: what a file is written in without such a weight, and with one
 _GROUPS = 1 << 20  # of a weight whose channels are its first axis: they mean nothing there
 _EMPTY = 1 << 20  # most that an axis of a tensor without elements may have: nothing pays for it
 
@@ -52,6 +57,7 @@ class Weight:
         layout: How the matrix of codes folds back into the weight.
         dtype: Floating dtype of the weight.
         method: What chose the codes.
+        coded: Whether NAME.q is a stream of `clipquant.quant.codes.entropy`; else the codes are dense.
     """
 
     bits: int | None
@@ -60,6 +66,7 @@ class Weight:
     layout: Layout
     dtype: torch.dtype
     method: str
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,16 @@ class Manifest:
         held = {name: weight.layout.shape for name, weight in self.weights.items()}
         held |= {name: entry.shape for name, entry in self.floats.items()}
         return held | {alias: held[name] for alias, name in self.aliases.items()}
+
+
+def oldest_version(about: Mapping[str, Any]) -> int:
+    """Return the format that a file is written in: the oldest that has what its records say.
+
+    >>> oldest_version({"tensors": {"w": {"bits": 4}}}), oldest_version({"tensors": {"w": {"coding": CODING}}})
+    (2, 3)
+    """
+    named = about.get("tensors", {}).values()
+    return CODED_VERSION if any("coding" in said for said in named) else DENSE_VERSION
 
 
 def read_entries(header: Mapping[str, Any], size: int) -> dict[str, Entry]:
@@ -172,14 +189,15 @@ def read_manifest(about: Mapping[str, Any], held: Mapping[str, Entry]) -> Manife
         FieldError: Naming the field that cannot be.
     """
     named = entries(about.get("tensors"), "tensors")
-    weights = {name: _read_weight(name, value, held) for name, value in named.items()}
+    version = whole(about.get("format_version"), "format_version", 1)
+    weights = {name: _read_weight(name, value, held, version) for name, value in named.items()}
     parts = {f"{name}.{part}" for name in weights for part in PARTS}
     for name in weights.keys() & held.keys() | weights.keys() & parts:
         raise FieldError(f"tensors.{name} must have a name of its own; another tensor has it.")
     keys = weights.keys() | (held.keys() - parts)
     report = about.get("report")
     return Manifest(
-        whole(about.get("format_version"), "format_version", 1),
+        version,
         text(about.get("sha256"), "sha256", 64),
         held,
         weights,
@@ -218,7 +236,7 @@ def _read_left(value: Any) -> LeftInFloat:
     return LeftInFloat(text(name, "left"), whole(size, "left"), text(why, "left"))
 
 
-def _read_weight(name: str, value: Any, held: Mapping[str, Entry]) -> Weight:
+def _read_weight(name: str, value: Any, held: Mapping[str, Entry], version: int) -> Weight:
     at = f"tensors.{name}"
     about = entries(value, at)
     layout = _read_layout(about, at)
@@ -234,20 +252,36 @@ def _read_weight(name: str, value: Any, held: Mapping[str, Entry]) -> Weight:
     elif levels is not None:
         raise fault(f"{at}.levels", "left out where rows have bits of their own", levels)
     size = _read_group_size(about.get("granularity", "channel"), layout, at)
-    _check_parts(name, about, layout, bits, size, held)
+    coded = _read_coding(about, at, version)
+    _check_parts(name, about, layout, None if coded else bits, size, held)
+    if bits is None:
+        _check_part(f"{name}.bits", held, (torch.uint8,), ((layout.rows,),))
     dtype = one_of(about.get("dtype", "float32"), f"{at}.dtype", FLOATS)
     method = text(about.get("method", "rtn"), f"{at}.method", 100)
-    return Weight(bits, levels, size, layout, dtype, method)
+    return Weight(bits, levels, size, layout, dtype, method, coded)
+
+
+def _read_coding(about: Mapping[str, Any], at: str, version: int) -> bool:
+    coding = about.get("coding")
+    if coding is None:
+        return False
+    if version < CODED_VERSION or coding != CODING:
+        rule = f"left out, or in files of format_version {CODED_VERSION} {CODING!r}"
+        raise fault(f"{at}.coding", rule, coding)
+    return True
 
 
 def _read_layout(about: Mapping[str, Any], at: str) -> Layout:
     form = _paid(shape(about.get("shape"), f"{at}.shape"), f"{at}.shape")
-    axis = whole(about.get("axis", 0), f"{at}.axis", 0, 1)
-    if len(form) <= axis:
-        raise fault(f"{at}.shape", f"of {axis + 1} axes or more", form)
-    most = max(form[0], 1) if axis else _GROUPS
+    axis = whole(about.get("axis", 0), f"{at}.axis", -2, 1)
+    least = 3 if axis < 0 else axis + 1  # of a stack, one axis more than its matrices have
+    if len(form) < least:
+        raise fault(f"{at}.shape", f"of {least} axes or more", form)
+    if axis < 0 and 0 in form:
+        raise fault(f"{at}.shape", "of axes of 1 or more", form)
+    most = max(form[0], 1) if axis == 1 else 1 if axis < 0 else _GROUPS
     groups = whole(about.get("groups", 1), f"{at}.groups", 1, most)
-    if axis and form[0] % groups:
+    if axis == 1 and form[0] % groups:
         raise fault(f"{at}.groups", f"a divisor of {form[0]}", groups)
     return Layout(form, axis, groups)
 
@@ -266,12 +300,13 @@ def _check_parts(
     size: int,
     held: Mapping[str, Entry],
 ) -> None:
-    """Raise unless a weight's codes, scales, zeros and bits have the shapes that its record asks for."""
+    """Raise unless a weight's codes, scales and zeros have the shapes that its record asks for.
+
+    Only codes that are dense and of one width have a length that follows from it.
+    """
     rows, columns = layout.rows, layout.columns
     _check_part(f"{name}.q", held, (torch.uint8,), None)
-    if bits is None:
-        _check_part(f"{name}.bits", held, (torch.uint8,), ((rows,),))
-    else:
+    if bits is not None:
         wanted = (rows * columns * bits + 7) // 8
         if held[f"{name}.q"].shape != (wanted,):
             raise fault(f"{name}.q", f"{wanted} bytes", held[f"{name}.q"].shape)

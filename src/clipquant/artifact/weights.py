@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from clipquant.artifact.envelope import ROOM, Opened
 from clipquant.artifact.fault import ArtifactError
+from clipquant.artifact.schema import Weight
+from clipquant.errors import MissingPackageError
+from clipquant.quant.codes.entropy import LIBRARY, StreamError, decode
 from clipquant.quant.codes.grid import Coded, Grid, row_levels
-from clipquant.quant.codes.pack import PackedTensor, packed_bytes, unpack
+from clipquant.quant.codes.pack import PackedTensor, pack_tensor, packed_bytes, unpack
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.codes.tensor import QuantizedTensor
 
+_STREAMED = 4  # a code out of a stream takes as long as four that are dense
 _CHUNK = 1 << 20  # codes looked at together; of any width they end on a byte
 
 
@@ -58,47 +63,85 @@ class Parts:
         return values
 
     def check_constants(self, known: Mapping[str, tuple[int, ...]], most: int | None) -> None:
-        """Raise where rows of 0 bits, for which a file pays nothing, would take too much memory."""
+        """Raise where codes for which a file pays nothing, or next to nothing, would take too much memory."""
         manifest = self.opened.manifest
-        room = ROOM + 2 * len(self.opened.data) if most is None else most
-        need = 0
-        for name, weight in manifest.weights.items():
-            bits = self.bits(name)
-            if isinstance(bits, Tensor) and weight.layout.shape != known.get(name):
-                need += int((bits == 0).sum()) * weight.layout.columns * (weight.dtype.itemsize + 1)
-        if need > room:
-            raise ArtifactError(
-                f"{self.path} has rows of 0 bits that would take {need:,} bytes of memory; without a model "
-                f"they may take {room:,}. Pass the model that it is to be loaded into, or set "
-                "max_constant_bytes if you trust the file."
-            )
+        unknown = [n for n, w in manifest.weights.items() if w.layout.shape != known.get(n)]
+        for coded, what in ((False, "rows of 0 bits"), (True, "codes of far less than a bit")):
+            need = sum(self._unpaid(n) for n in unknown if manifest.weights[n].coded is coded)
+            room = self._room(coded) if most is None else most
+            if need > room:
+                raise ArtifactError(
+                    f"{self.path} has {what} that would take {need:,} bytes of memory; without a model "
+                    f"they may take {room:,}. Pass the model that it is to be loaded into, or set "
+                    "max_constant_bytes if you trust the file."
+                )
+
+    def affords(self, name: str) -> bool:
+        """Return whether the file has paid for the memory that a weight takes without a model of its shape."""
+        return self._unpaid(name) <= self._room(self.opened.manifest.weights[name].coded)
+
+    def _room(self, coded: bool) -> int:
+        """Return the bytes that what is not paid for may take: less for streams, which take time as well."""
+        room = ROOM + 2 * len(self.opened.data)
+        return room // _STREAMED if coded else room
+
+    def _unpaid(self, name: str) -> int:
+        """Return the bytes of memory of a weight beyond what as many bytes of dense codes of 1 bit would take."""
+        weight, bits = self.opened.manifest.weights[name], self.bits(name)
+        size, layout = weight.dtype.itemsize + 1, weight.layout
+        if weight.coded:
+            entry = self.opened.manifest.entries[f"{name}.q"]
+            return max(layout.numel - 8 * (entry.stop - entry.start), 0) * size
+        return int((bits == 0).sum()) * layout.columns * size if isinstance(bits, Tensor) else 0
 
 
 def packed_weight(parts: Parts, name: str) -> PackedTensor:
-    """Return a weight as its bytes."""
+    """Return a weight as its dense bytes, whatever the file holds."""
     weight, bits = parts.opened.manifest.weights[name], parts.bits(name)
-    grid = parts.grid(name, bits)
-    data = _codes(parts, name, bits)
+    if weight.coded:
+        return pack_tensor(unpacked_weight(parts, name))
+    grid, data = parts.grid(name, bits), _codes(parts, name, bits)
     return PackedTensor(data, grid, bits, weight.layout, weight.dtype, weight.method)
 
 
 def unpacked_weight(parts: Parts, name: str) -> QuantizedTensor:
     """Return a weight as its codes."""
-    packed = packed_weight(parts, name)
-    shape = (packed.layout.rows, packed.layout.columns)
-    return _tensor(packed, unpack(packed.data, packed.bits, shape))
+    weight, bits = parts.opened.manifest.weights[name], parts.bits(name)
+    shape, grid = (weight.layout.rows, weight.layout.columns), parts.grid(name, bits)
+    if not weight.coded:
+        return _tensor(weight, bits, grid, unpack(_codes(parts, name, bits), bits, shape))
+    stream = parts.opened.tensor(f"{name}.q")
+    try:
+        codes = decode(stream, grid, bits, shape)
+    except StreamError as error:
+        raise parts.fault(f"{name}.q must be a stream of {shape} codes; {error}.") from error
+    except MissingPackageError as error:
+        raise ArtifactError(f"{parts.path} cannot be read here: {error}") from error
+    return _tensor(weight, bits, grid, codes, stream)
 
 
 def outline(parts: Parts, name: str) -> QuantizedTensor:
-    """Return a weight whose codes were looked at and take no memory."""
-    packed = packed_weight(parts, name)
-    shape = (packed.layout.rows, packed.layout.columns)
-    return _tensor(packed, torch.empty(shape, dtype=torch.uint8, device="meta"))
+    """Return a weight whose codes were looked at and take no memory.
+
+    A stream is looked at where its library is installed and the file has paid for the codes.
+    """
+    weight, bits = parts.opened.manifest.weights[name], parts.bits(name)
+    grid, stream = parts.grid(name, bits), None
+    if not weight.coded:
+        _codes(parts, name, bits)
+    elif not parts.affords(name) or find_spec(LIBRARY) is None:
+        stream = parts.opened.tensor(f"{name}.q")
+    else:
+        stream = unpacked_weight(parts, name).stream
+    shape = (weight.layout.rows, weight.layout.columns)
+    return _tensor(weight, bits, grid, torch.empty(shape, dtype=torch.uint8, device="meta"), stream)
 
 
-def _tensor(packed: PackedTensor, codes: Tensor) -> QuantizedTensor:
-    coded = Coded(codes, packed.grid)
-    return QuantizedTensor(coded, packed.bits, packed.layout, packed.dtype, packed.method)
+def _tensor(
+    weight: Weight, bits: int | Tensor, grid: Grid, codes: Tensor, stream: Tensor | None = None
+) -> QuantizedTensor:
+    coded = Coded(codes, grid)
+    return QuantizedTensor(coded, bits, weight.layout, weight.dtype, weight.method, stream)
 
 
 def _codes(parts: Parts, name: str, bits: int | Tensor) -> Tensor:

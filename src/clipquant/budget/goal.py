@@ -27,12 +27,15 @@ class Goal:
         max_size: Most bytes of the file.
         monitor: The metric.
         mode: Whether it is better when smaller ("min") or larger ("max").
+        confidence: How sure it must be that the true drop is within `max_drop`; None: the drop measured and one
+            standard error must be.
     """
 
     max_drop: float | None
     max_size: int | None
     monitor: str
     mode: str
+    confidence: float | None = None
 
 
 def check_budget(max_drop: object, max_size: object) -> None:
@@ -56,6 +59,28 @@ got -0.1.
         )
     if max_size is not None:
         size_in_bytes(max_size, 2**62)
+
+
+def check_confidence(confidence: object, max_drop: object) -> None:
+    """Raise unless a confidence is one, and there is a drop that it is about.
+
+    >>> check_confidence(95, 0.01)
+    Traceback (most recent call last):
+    ...
+    clipquant.errors.ArgumentError: confidence must be a number above 0.5 and below 1, such as 0.95; got 95.
+    """
+    if confidence is None:
+        return
+    number = isinstance(confidence, (int, float)) and not isinstance(confidence, bool)
+    if not number or not 0.5 < float(confidence) < 1:  # type: ignore[arg-type]
+        raise ArgumentError(
+            f"confidence must be a number above 0.5 and below 1, such as 0.95; got {confidence!r}."
+        )
+    if max_drop is None:
+        raise ArgumentError(
+            "confidence says how sure it must be that max_drop is kept, with bits='auto'; got "
+            f"confidence={confidence!r} without max_drop. Give max_drop, or leave confidence out."
+        )
 
 
 def size_in_bytes(max_size: object, float_bytes: int) -> int:
@@ -92,8 +117,14 @@ def size_in_bytes(max_size: object, float_bytes: int) -> int:
         )
     raise ArgumentError(
         "max_size must be a whole number of bytes, a share of the float size between 0 and 1, or a "
-        f"text as '300kB' or '1.5 MB'; got {max_size!r}."
+        f"text as '300kB' or '1.5 MB'; got {max_size!r}.{_as_share(max_size)}"
     )
+
+
+def _as_share(max_size: object) -> str:
+    """Return how a percentage is written."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(max_size))
+    return f" Write {max_size!r} as {float(found[1]) / 100:g}." if found else ""
 
 
 def refuse_below(max_size: int, smallest: int) -> None:

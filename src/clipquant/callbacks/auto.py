@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
 from torch import Tensor
 
+from clipquant.budget.chance import Judged
 from clipquant.callbacks.road.calibration import SOURCES, Found, loop_on, run_prepared
-from clipquant.callbacks.road.judge import judge
+from clipquant.callbacks.road.judge import judge_parts
 from clipquant.callbacks.road.loss import Loss
 from clipquant.callbacks.road.road import Road
 from clipquant.model import QuantizedModel
@@ -24,7 +25,7 @@ def choose_bits(
     road: Road,
     goal: AutoBits,
     found: Found,
-    before: Mapping[str, float],
+    before: Judged,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Return a module with the bits that meet a goal.
@@ -33,7 +34,7 @@ def choose_bits(
         road: The road; its guest ends as it was.
         goal: What is asked.
         found: Batches that the guest's step takes.
-        before: Metrics of the float module; none: only a size can be met.
+        before: What was judged of the float module; no metric: only a size can be met.
         progress: Told before each weight.
 
     Raises:
@@ -45,11 +46,12 @@ def choose_bits(
     fisher, what = sensitivities(road, targets, found)
     trials = count(1)
 
-    def measure(weights: QuantizedWeights) -> Mapping[str, float]:
-        return judge(road, weights.state_dict(), what=f"bits for the budget, trial {next(trials)}")
+    def measure(weights: QuantizedWeights) -> Judged:
+        what = f"bits for the budget, trial {next(trials)}"
+        return judge_parts(road, goal.monitor, weights.state_dict(), apart=True, what=what)
 
     calibration = Calibration(found.batches, run_prepared, progress, loop=loop_on(found.on(road)))
-    judged = measure if before else None
+    judged = measure if before.metrics else None
     quantized = quantize_auto(road.guest, goal, Seen(fisher, calibration), before, judged)
     return quantized.reported(calibration=f"{found.what}, by the {what}")
 

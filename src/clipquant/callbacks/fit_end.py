@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from clipquant.artifact import read_metadata
+from clipquant.budget.chance import Judged, drop_between
 from clipquant.callbacks.auto import choose_bits
 from clipquant.callbacks.checkpoint import load_best, logged_name
 from clipquant.callbacks.export import export_files
@@ -19,6 +20,7 @@ from clipquant.callbacks.failures import Failure, Failures
 from clipquant.callbacks.folder import FILE
 from clipquant.callbacks.ladder import Rung, climb_down, data_free_rungs
 from clipquant.callbacks.loggers import log_report
+from clipquant.callbacks.qat_auto import budgeted
 from clipquant.callbacks.rehearsal import FINDING
 from clipquant.callbacks.road.calibration import (
     Found,
@@ -27,12 +29,15 @@ from clipquant.callbacks.road.calibration import (
     probe,
     run_prepared,
 )
-from clipquant.callbacks.road.judge import judge
+from clipquant.callbacks.road.judge import judge_parts
+from clipquant.callbacks.road.logged import Natures
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.screen import display
 from clipquant.callbacks.settings import Settings
+from clipquant.callbacks.takeover import SAID, no_grids, take_from_checkpoint_
 from clipquant.callbacks.watch import Watch
 from clipquant.model import QuantizedModel
+from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.state import kept, seeded
 from clipquant.quant.recipe import Recipe
@@ -48,14 +53,14 @@ class Outcome:
     """What came of a fit's end.
 
     Args:
-        state: The dequantized weights, where there is a file that holds them.
+        made: The quantized weights, where there is a file that holds them.
         report: What was gained and what it cost; None where nothing could be quantized.
         path: The file.
         failures: The steps that failed, in words.
         budget: Why a budget was missed; empty where all are met.
     """
 
-    state: Mapping[str, Tensor] = field(default_factory=dict)
+    made: QuantizedModel | None = None
     report: QuantizationReport | None = None
     path: Path | None = None
     failures: tuple[Failure, ...] = ()
@@ -99,15 +104,26 @@ class FitEnd:
             rungs = list(self._rungs(road, found, before))
             made = climb_down(rungs, road.guest, self.failures, self.settings.line)
             if made is not None:
-                made = self._reported(road, made, before)
+                made = self._reported(road, self._coded(made), before)
+                if self.settings.auto and self.settings.recipe.trained:
+                    made = budgeted(made, self.settings, self.settings.float_metrics)
                 made, path = self._saved(made)
                 made = self._completed(road, found, made, path)
-        if made is not None:
-            self._tell_(made.report, path)
-        state = {} if made is None or path is None else made.state_dict()
-        report = None if made is None else made.report
-        budget = report.budget.failure if report is not None and report.budget is not None else ""
-        return Outcome(state, report, path, tuple(self.failures.items), budget)
+        return self._ended(made, path)
+
+    def run_apart(self, made: QuantizedModel) -> Outcome:
+        """Return what came of weights that were quantized a layer at a time: nothing is run on them."""
+        made = self._reported(None, self._coded(made), Judged({}))
+        made, path = self._saved(made)
+        return self._ended(made.reported(failures=self.failures.told()), path)
+
+    def _ended(self, made: QuantizedModel | None, path: Path | None) -> Outcome:
+        if made is None:
+            return Outcome(failures=tuple(self.failures.items))
+        self._tell_(made.report, path)
+        budget = "" if made.report.budget is None else made.report.budget.failure
+        held = None if path is None else made
+        return Outcome(held, made.report, path, tuple(self.failures.items), budget)
 
     def _take_best_(self, road: Road) -> None:
         if self.settings.weights == "best" and not getattr(self.trainer, "fast_dev_run", False):
@@ -116,18 +132,29 @@ class FitEnd:
                 "the weights at the end of the fit are quantized",
                 "clipquant.quantize(Net.load_from_checkpoint(path)) quantizes it later.",
             ):
-                load_best(self.trainer, road.guest, self.settings.watch(self.trainer, {}).name)
+                name = self.settings.watch(self.trainer, {}).name
+                checkpoint = load_best(self.trainer, road.guest, name)
+                if self.settings.recipe.trained:
+                    self._take_grids_(take_from_checkpoint_(road.guest, checkpoint))
 
-    def _judged(
-        self, road: Road, state: Mapping[str, Tensor] | None, which: str
-    ) -> dict[str, float]:
+    def _take_grids_(self, trained: Mapping[str, TrainedGrid]) -> None:
+        """Take the best checkpoint's grids; one of before the training was quantized has none."""
+        recipe = replace(self.settings.recipe, trained=trained)
+        self.settings = replace(self.settings, recipe=recipe)
+        if not trained:
+            self.failures.add_(no_grids(recipe.method))
+
+    def _judged(self, road: Road, state: Mapping[str, Tensor] | None, which: str) -> Judged:
+        """Return what was judged of some weights; of the monitored metric in parts too, where a search asks."""
+        monitor = self.settings.watch(self.trainer, road.natures).name
+        what = f"judging the {which} weights"
         with self.failures.step(
             f"judging the {which} weights",
             f"the report has no {which} metrics",
             "Run trainer.validate(module) to see the error by itself.",
         ):
-            return judge(road, state, what=f"judging the {which} weights")
-        return {}
+            return judge_parts(road, monitor, state, apart=self.settings.auto, what=what)
+        return Judged({})
 
     def _batches(self, road: Road) -> Found | None:
         """Return calibration batches; without any that can be run, weights are quantized without data."""
@@ -148,13 +175,18 @@ class FitEnd:
                 )
         return found
 
-    def _rungs(self, road: Road, found: Found | None, before: Mapping[str, float]) -> list[Rung]:
+    def _rungs(self, road: Road, found: Found | None, before: Judged) -> list[Rung]:
         """Return the ways to quantize, the one asked for first."""
         settings, recipe, guest = self.settings, self.settings.recipe, road.guest
         data = None
         if found is not None and settings.wants_data(guest):
             data = Calibration(found.batches, run_prepared, road.tell, loop=loop_on(found.on(road)))
         rungs: list[Rung] = []
+        if recipe.trained and data is None:
+            return [
+                Rung("taking over trained grids", lambda: self._taken(road)),
+                *data_free_rungs(settings, guest, self.quantize),
+            ]
         if settings.auto:
             rungs = [] if found is None else self._by_budgets(road, found, before)
         elif data is not None:
@@ -167,25 +199,28 @@ class FitEnd:
             )
         return rungs + data_free_rungs(settings, guest, self.quantize)
 
-    def _by_budgets(self, road: Road, found: Found, before: Mapping[str, float]) -> list[Rung]:
+    def _taken(self, road: Road) -> QuantizedModel:
+        return self.quantize(self.settings.recipe, road.guest, None).reported(calibration=SAID)
+
+    def _by_budgets(self, road: Road, found: Found, before: Judged) -> list[Rung]:
         """Return the ways that search: by all budgets where they can be judged, then by the size alone."""
         goal = self.settings.goal(self.trainer, road.natures)
-        goal = replace(goal, monitor=logged_name(goal.monitor, before))
+        goal = replace(goal, monitor=logged_name(goal.monitor, before.metrics))
         by = self.settings.watch(self.trainer, road.natures)
         if by.mode is None:
-            before = {}
-        alone = replace(goal, max_drop=None)
-        judged = goal.max_drop is None or goal.monitor in before
+            before = Judged({})
+        alone = replace(goal, max_drop=None, confidence=None)
+        judged = goal.max_drop is None or goal.monitor in before.metrics
         rungs: list[Rung] = []
         if judged:
             what = "choosing bits by the budgets"
             rungs.append(Rung(what, lambda: choose_bits(road, goal, found, before, road.tell)))
-        elif before:
+        elif before.metrics:
             self.failures.add_(
                 Failure(
                     "keeping max_drop",
                     f"it watches {goal.monitor!r}, which was never logged in validation; logged were "
-                    f"{', '.join(sorted(before))}",
+                    f"{', '.join(sorted(before.metrics))}",
                     "it was not judged",
                     "Set monitor to one of them.",
                 )
@@ -194,28 +229,47 @@ class FitEnd:
             what = "choosing bits by the size alone"
             given = goal.max_drop
             rungs.append(
-                Rung(what, lambda: _missing(choose_bits(road, alone, found, {}, road.tell), given))
+                Rung(
+                    what,
+                    lambda: _missing(choose_bits(road, alone, found, Judged({}), road.tell), given),
+                )
             )
         return rungs
 
-    def _reported(
-        self, road: Road, made: QuantizedModel, before: Mapping[str, float]
-    ) -> QuantizedModel:
-        by = self._watched(road, before)
+    def _coded(self, made: QuantizedModel) -> QuantizedModel:
+        """Return a model whose file holds codes as was asked."""
+        if self.settings.coding == "dense":
+            return made
+        with self.failures.step(
+            "entropy coding",
+            "the file holds dense codes",
+            "load_quantized and QuantizedModel.save(path, coding='entropy') make it smaller later.",
+        ):
+            return made.coded(self.settings.coding)
+        return made
+
+    def _reported(self, road: Road | None, made: QuantizedModel, before: Judged) -> QuantizedModel:
+        by = self._watched({} if road is None else road.natures, before.metrics)
         known: dict[str, Any] = {"seed": self.settings.seed, "mode_from": by.why}
         if not made.report.float_metrics:  # the search for a budget has judged already
-            after = self._judged(road, made.state_dict(), "quantized") if before else {}
+            metrics, after = before.metrics, Judged({})
+            if road is not None and metrics:
+                after = self._judged(road, made.state_dict(), "quantized")
+            name = logged_name(by.name, metrics) if by.mode else None
             known |= {
-                "float_metrics": before,
-                "quantized_metrics": after,
-                "monitor": logged_name(by.name, before) if by.mode else None,
+                "float_metrics": metrics,
+                "quantized_metrics": after.metrics,
+                "monitor": name,
                 "mode": by.mode,
             }
+            if name is not None and name in metrics and by.mode is not None:
+                drop = drop_between(before, after, name, by.mode)
+                known["drop_error"] = drop.shown_error
         return made.reported(**known, failures=self.failures.told())
 
-    def _watched(self, road: Road, before: Mapping[str, float]) -> Watch:
+    def _watched(self, natures: Natures, before: Mapping[str, float]) -> Watch:
         """Return which metric judges; what keeps it from judging is a failure."""
-        by = self.settings.watch(self.trainer, road.natures)
+        by = self.settings.watch(self.trainer, natures)
         logged = logged_name(by.name, before) in before
         if before and not logged and self.settings.monitor is not None:
             said = f"it is {by.name!r}, which validation did not log; logged were {', '.join(sorted(before))}"

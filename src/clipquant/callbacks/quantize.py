@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,26 +18,30 @@ from clipquant.callbacks.fit_end import FitEnd, Outcome
 from clipquant.callbacks.folder import folder_of
 from clipquant.callbacks.lightning import Callback
 from clipquant.callbacks.quantize_checks import (
-    check_budgets,
     check_calibration,
     check_choice,
     check_others,
+    check_strategy,
     check_writable,
-    refuse_shards,
 )
 from clipquant.callbacks.rehearsal import check_mode, is_built, rehearse
 from clipquant.callbacks.road.ranks import from_first, leaving, several
 from clipquant.callbacks.settings import Settings
+from clipquant.callbacks.sharding import Sharding, outline, sharding_of, when_train_ends
 from clipquant.callbacks.stopped import checkpoint_of, clear_away, stopped_at_end
+from clipquant.callbacks.takeover import finish_training
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.export import Format
+from clipquant.keywords import OF_QUANTIZING, naming_keywords
 from clipquant.model import QuantizedModel
 from clipquant.model.asked import check_spelling
-from clipquant.model.auto import check_auto, check_smallest
+from clipquant.model.auto import check_auto, check_budgets, check_smallest
 from clipquant.model.entry import quantize_by
+from clipquant.quant.codes.coding import check_coding
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.methods import Method
+from clipquant.quant.network.bare import bare
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.recipe import Recipe
 from clipquant.report.record import QuantizationReport
@@ -83,6 +88,12 @@ class QuantizeOnFitEnd(Callback):
             "onnx-int8" (`model.int8.onnx`), "onnx-nbits" (`model.nbits.onnx`),
             "compressed-tensors" (a folder of that ending), or a format of
             your own. One that fails leaves its reason in the report.
+        confidence: With `max_drop`: how sure it must be, above 0.5 and below 1, that the true drop is within it:
+            validation data are a sample. None: the drop measured and one standard error must be.
+        coding: How the file holds codes: "dense"; "entropy", each weight in an entropy code where that is
+            smaller, which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where
+            that extra is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is
+            coded.
         on_fail: Whether a missed budget, or a step that fails after training, is an error once all that could
             be done is on disk ("raise"), or a warning that says what was done instead ("warn").
 
@@ -100,6 +111,7 @@ class QuantizeOnFitEnd(Callback):
 bits='auto' with max_drop or max_size to have it chosen.
     """
 
+    @naming_keywords(OF_QUANTIZING)
     def __init__(
         self,
         bits: int | Literal["auto"] = 8,
@@ -119,6 +131,8 @@ bits='auto' with max_drop or max_size to have it chosen.
         weights: Literal["last", "best"] = "last",
         dirpath: str | Path | None = None,
         export: list[str | Format] | None = None,
+        confidence: float | None = None,
+        coding: Literal["dense", "entropy", "auto"] = "dense",
         on_fail: Literal["raise", "warn"] = "warn",
     ) -> None:
         check_spelling(method)
@@ -127,10 +141,11 @@ bits='auto' with max_drop or max_size to have it chosen.
         check_choice("weights", weights, ("last", "best"))
         check_choice("on_fail", on_fail, ("raise", "warn"))
         check_choice("mode", mode, ("min", "max", None))
-        check_budgets(bits, max_drop, max_size)
+        check_budgets(bits, max_drop, max_size, confidence)
         check_calibration(calibration_batches, method)
+        check_coding(coding)
         if bits == "auto":
-            check_auto(max_drop, max_size, recipe)
+            check_auto(max_drop, max_size, recipe, confidence)
         self.settings = Settings(
             recipe,
             bits == "auto",
@@ -141,6 +156,8 @@ bits='auto' with max_drop or max_size to have it chosen.
             mode,
             weights,
             check_formats(export, calibration_batches),
+            confidence,
+            coding,
         )
         self.on_fail = on_fail
         self.dirpath = dirpath
@@ -152,6 +169,8 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = True
         self._told: frozenset[str] = frozenset()
         self._ended = False
+        self._asked = self.settings  # and what training has left
+        self._sharding: Sharding | None = None
         self._token = register(self)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -163,21 +182,23 @@ bits='auto' with max_drop or max_size to have it chosen.
         self._rehearsed = trainer.num_sanity_val_steps == 0  # a dry run among them
         check_others(self, _quantizers(trainer))
         check_installed(self.settings.export)
-        refuse_shards(trainer)
+        check_coding(self.settings.coding)
+        check_strategy(trainer, self.settings.weights)
+        self._sharding = None
         if self.settings.weights == "best":
             check_best(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out before training that there is something to quantize and a place for it."""
         self._folder = folder_of(trainer, self, _quantizers(trainer))
+        self._sharding = sharding_of(self.settings, trainer, pl_module)
         error: Exception | None = None
         try:
             if trainer.num_sanity_val_steps == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 check_mode(self.settings, trainer)
             if is_built(pl_module):
-                self.settings.recipe.specs(self.settings.recipe.select(pl_module).targets)
-                if self.settings.auto:
-                    check_smallest(pl_module, self.settings.goal(trainer, {}))
+                with outline(pl_module, self._sharding):
+                    self._check_weights(trainer, pl_module)
             if trainer.is_global_zero:
                 self._made = None if self._folder.exists() else self._folder
                 check_writable(self._folder)
@@ -192,6 +213,18 @@ bits='auto' with max_drop or max_size to have it chosen.
                 "val_dataloader and a validation_step, or ask for max_size alone."
             )
 
+    def _check_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise unless there are weights to quantize, as the globs say; a size must be within reach."""
+        recipe = self.settings.recipe
+        recipe.check_overrides(recipe.select(pl_module).targets)
+        if self.settings.auto:
+            check_smallest(pl_module, self.settings.goal(trainer, {}))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have weights that are kept in parts gathered at the end of training, while the strategy stands."""
+        if self._sharding is not None:
+            when_train_ends(trainer, self._sharding.gather_)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -200,7 +233,7 @@ bits='auto' with max_drop or max_size to have it chosen.
             return
         self._rehearsed = True
         with leaving():
-            failures = from_first(rehearse(self.settings, trainer, pl_module, batch))
+            failures = from_first(self._rehearsal(trainer, pl_module, batch))
         self._told = frozenset(failure.step for failure in failures)
         for failure in failures:
             if failure.fatal:
@@ -209,6 +242,16 @@ bits='auto' with max_drop or max_size to have it chosen.
             raise QuantizationError(
                 f"before training: {'; '.join(map(str, failures))} on_fail='warn' would go on."
             )
+
+    def _rehearsal(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
+    ) -> tuple[Failure, ...]:
+        if self._sharding is not None:
+            return self._sharding.rehearse(
+                lambda: rehearse(self.settings, trainer, pl_module, batch)
+            )
+        with bare(pl_module):
+            return rehearse(self.settings, trainer, pl_module, batch)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -226,35 +269,74 @@ bits='auto' with max_drop or max_size to have it chosen.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize, judge, write, and only then load the dequantized weights into the module."""
         self._ended = True
+        self._asked = self.settings.taking_over(*finish_training(trainer, pl_module))
         if trainer.global_step == 0:
             warn("No optimizer step was taken: QuantizeOnFitEnd quantizes weights as given.")
-        self._take_floats_(trainer, pl_module)
         with leaving():
-            outcome = self._outcome(trainer, pl_module)
-            waited = time.monotonic()
-            outcome = from_first(outcome)
-            if several():
-                tell_rank(trainer, outcome.failures, time.monotonic() - waited)
+            outcome = self._ended_in_parts(trainer, pl_module) or self._ended_whole(
+                trainer, pl_module
+            )
         self.report, self.artifact_path = outcome.report, outcome.path
-        if outcome.state:
-            pl_module.load_state_dict(dict(outcome.state), strict=False)
         found = {"report": self.report, "artifact_path": self.artifact_path}
         parcel = Parcel(self._token, found)
         hand_over(self, parcel)
         send_back(trainer, parcel)
         self._say_(outcome)
 
+    def _ended_whole(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
+        """Return what came of a module of which every process has all, after loading it there."""
+        with bare(pl_module):
+            self._take_floats_(trainer, pl_module)
+            outcome = _told(trainer, self._outcome(trainer, pl_module))
+            if outcome.made is not None:
+                pl_module.load_state_dict(outcome.made.state_dict(), strict=False)
+        return outcome
+
+    def _ended_in_parts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome | None:
+        """Return what came of a module in parts, after each process has its own of the result; None where it is not."""
+        sharding, self._sharding = self._sharding, None
+        if sharding is None:
+            return None
+        if not sharding.gathered:  # no step was taken, and the strategy's last hook was not called
+            sharding.gather_()
+        outcome = Outcome()
+        if trainer.is_global_zero and sharding.failed:
+            outcome = Outcome(failures=(sharding.failure(),))
+        elif trainer.is_global_zero:
+            outcome = self._outcome(trainer, pl_module, sharding)
+        made = outcome.made
+        outcome = _told(trainer, replace(outcome, made=None))
+        sharding.write_back_(made, every=len(_quantizers(trainer)) > 1)
+        return outcome
+
     @property
     def used(self) -> bool:
         """Whether it has seen a fit begin."""
         return self._folder is not None
 
-    def _outcome(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
+    def _outcome(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        sharding: Sharding | None = None,
+    ) -> Outcome:
         """Return what came of the fit's end; an Outcome that says why where nothing did."""
         folder = self._folder or folder_of(trainer, self, _quantizers(trainer))
-        work = FitEnd(self.settings, trainer, folder, lambda *asked: quantize(*asked), self._told)
+        shared = (lambda recipe: recipe) if sharding is None else sharding.with_shares
+        work = FitEnd(
+            self._asked,
+            trainer,
+            folder,
+            lambda recipe, *given: quantize(shared(recipe), *given),
+            self._told,
+        )
         try:
-            return work.run(pl_module)
+            if sharding is None:
+                return work.run(pl_module)
+            if not sharding.whole:
+                return work.run_apart(sharding.assembled())
+            with sharding.put_together():
+                return work.run(pl_module)
         except (
             KeyboardInterrupt,
             SystemExit,
@@ -298,6 +380,15 @@ bits='auto' with max_drop or max_size to have it chosen.
             pl_module.load_state_dict(first._floats, strict=False)
         if quantizers[-1] is self:
             first._floats = None
+
+
+def _told(trainer: pl.Trainer, outcome: Outcome) -> Outcome:
+    """Return what came of it in the first process, which holds for all, once all have come; each says what failed."""
+    waited = time.monotonic()
+    outcome = from_first(outcome)
+    if several():
+        tell_rank(trainer, outcome.failures, time.monotonic() - waited)
+    return outcome
 
 
 def _quantizers(trainer: pl.Trainer) -> list[QuantizeOnFitEnd]:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from clipquant.artifact import claim_folder
 from clipquant.callbacks.lightning import package_of
-from clipquant.errors import ArgumentError
+from clipquant.errors import ArgumentError, PlaceError
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.recipe import data_free
 
@@ -33,24 +33,11 @@ def check_writable(folder: Path) -> None:
     try:
         claim_folder(folder)
     except OSError as error:
-        raise OSError(
+        raise PlaceError(
             error.errno,
             f"QuantizeOnFitEnd cannot write to {str(folder)!r} ({error.strerror}): "
             "set dirpath to a folder that is writable",
         ) from error
-
-
-def check_budgets(bits: object, max_drop: object, max_size: object) -> None:
-    """Raise unless budgets and bits="auto" come together."""
-    given = {"max_drop": max_drop, "max_size": max_size}
-    named = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
-    if bits != "auto" and named:
-        raise ArgumentError(
-            f"a budget needs bits='auto', which chooses the bits by it; got bits={bits!r} with "
-            f"{named}. Set bits='auto', or leave the budget out."
-        )
-    if bits == "auto" and not named:
-        raise ArgumentError("bits='auto' needs max_drop or max_size to choose by; got neither.")
 
 
 def check_calibration(calibration_batches: int, method: str | Method) -> None:
@@ -63,7 +50,7 @@ def check_calibration(calibration_batches: int, method: str | Method) -> None:
 to 1 or more, or choose \
 'rtn', 'mse' or 'hqq'.
     """
-    if calibration_batches != int(calibration_batches) or calibration_batches < 0:
+    if not isinstance(calibration_batches, int) or calibration_batches < 0:
         raise ArgumentError(
             "calibration_batches must be a whole number, 0 or more; got "
             f"{calibration_batches!r}. 0 quantizes without data."
@@ -76,15 +63,27 @@ to 1 or more, or choose \
         )
 
 
-def refuse_shards(trainer: pl.Trainer) -> None:
-    """Refuse strategies after which no process holds whole weights."""
-    own = package_of(trainer).strategies
-    kinds = (own.FSDPStrategy, own.ModelParallelStrategy, own.DeepSpeedStrategy)
-    if isinstance(trainer.strategy, kinds):
+def check_strategy(trainer: pl.Trainer, weights: str) -> None:
+    """Raise for strategies that keep weights in parts which cannot be gathered.
+
+    Args:
+        trainer: About to fit.
+        weights: "last" or "best".
+
+    Raises:
+        ArgumentError: Naming the strategy, its setting and the remedy.
+    """
+    own, strategy = package_of(trainer).strategies, trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy, own.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         raise ArgumentError(
-            "QuantizeOnFitEnd needs whole weights at fit end; "
-            f"{type(trainer.strategy).__name__} shards them. Train with strategy='ddp' or one "
-            "device, or call clipquant.quantize() on the consolidated checkpoint."
+            "QuantizeOnFitEnd gathers each parameter under its own name; got "
+            f"{name}(use_orig_params=False), which keeps none. Leave use_orig_params out."
+        )
+    if isinstance(strategy, own.DeepSpeedStrategy) and weights == "best":
+        raise ArgumentError(
+            f"weights='best' reads a checkpoint as a whole, and those of {name} are in parts for its engine alone. "
+            "Use weights='last'."
         )
 
 

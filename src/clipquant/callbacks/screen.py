@@ -44,7 +44,13 @@ def display(trainer: pl.Trainer) -> Iterator[Progress]:
 
 def _tqdm_like(callback: Any) -> Bar:
     """Return a bar as a user's class of progress bar makes them, that leaves nothing behind."""
-    bar: Bar = callback.init_predict_tqdm()
+    kind = type(callback)
+    named = type(kind.__name__, (kind,), {"predict_description": "Quantizing"})
+    twin: Any = object.__new__(
+        named
+    )  # tells from the first what is done, and leaves the user's own as it is
+    vars(twin).update(vars(callback))
+    bar: Bar = twin.init_predict_tqdm()
     bar.leave = False  # type: ignore[attr-defined]
     return bar
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import lightning.pytorch as pl
 from torch import nn
@@ -14,6 +15,8 @@ from clipquant.callbacks.watch import Watch, watch
 from clipquant.export import Format
 from clipquant.model import QuantizedModel
 from clipquant.model.auto import AutoBits
+from clipquant.quant.codes.coding import Coding
+from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.recipe import Recipe
 from clipquant.report.record import Budget, QuantizationReport, Trial
 
@@ -32,6 +35,9 @@ class Settings:
         mode: Which way it is better.
         weights: "last" or "best".
         export: Further formats.
+        confidence: How sure it must be that `max_drop` is kept; None: within one standard error.
+        coding: How the file holds codes.
+        float_metrics: What the float network's validation logged where bits were chosen during the fit.
     """
 
     recipe: Recipe
@@ -43,6 +49,9 @@ class Settings:
     mode: str | None
     weights: str
     export: tuple[Format, ...]
+    confidence: float | None = None
+    coding: Coding = "dense"
+    float_metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plain(self) -> Recipe:
@@ -55,11 +64,19 @@ class Settings:
         seed = os.environ.get("PL_GLOBAL_SEED")
         return int(seed) if seed else None
 
+    def taking_over(
+        self, trained: Mapping[str, TrainedGrid], before: Mapping[str, float]
+    ) -> Settings:
+        """Return the same settings, with the grids that training has left and the metrics of before."""
+        if not trained:
+            return self
+        return replace(self, recipe=replace(self.recipe, trained=trained), float_metrics=before)
+
     def wants_data(self, module: nn.Module) -> bool:
         """Return whether batches make a difference."""
         if self.calibration_batches == 0:
             return False
-        return self.auto or self.recipe.reads_data(module)
+        return (self.auto and not self.recipe.trained) or self.recipe.reads_data(module)
 
     def watch(self, trainer: pl.Trainer, natures: Natures) -> Watch:
         """Return which metric judges, which way, and where that is known from."""
@@ -76,7 +93,15 @@ class Settings:
     def goal(self, trainer: pl.Trainer, natures: Natures) -> AutoBits:
         """Return the budgets, and the metric that judges."""
         by = self.watch(trainer, natures)
-        return AutoBits(self.max_drop, self.max_size, by.name, by.mode or "min", self.recipe)
+        return AutoBits(
+            self.max_drop,
+            self.max_size,
+            by.name,
+            by.mode or "min",
+            self.recipe,
+            self.confidence,
+            self.coding,
+        )
 
     def line(self, path: str = "model.safetensors") -> str:
         """Return the line of code that quantizes the module later."""

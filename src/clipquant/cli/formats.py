@@ -144,15 +144,19 @@ def _read_inputs(path: str) -> Any:
 def bench(args: argparse.Namespace) -> int:
     """Print size, memory and latency of files side by side."""
     from clipquant.export.bench import bench_files
+    from clipquant.report.naming import distinct
+    from clipquant.report.plots import counted
     from clipquant.report.table import print_table
 
     rows = []
-    for file in bench_files(args.files, args.batch, args.threads):
+    timed = bench_files(args.files, args.batch, args.threads)
+    names = distinct([file.path for file in timed], "/\\")
+    for name, file in zip(names, timed, strict=True):
         memory = "?" if file.resident is None else f"{file.resident / 1e6:.1f}"
         times = (f"{file.latency[b]:.3f}" if b in file.latency else "fixed" for b in args.batch)
-        rows.append((file.path, f"{file.bytes:,}", memory, *times))
+        rows.append((name, f"{file.bytes:,}", memory, *times))
     header = ("file", "bytes", "memory MB", *(f"ms, batch {b}" for b in args.batch))
-    print_table(f"Medians of interleaved runs, {args.threads} threads", header, rows)
+    print_table(f"Medians of runs in turn, {counted(args.threads, 'thread')}", header, rows)
     return 0
 
 

@@ -185,7 +185,7 @@ def as_rule(rule: Any) -> Rule:
         given = (
             f"the class {rule.__name__}, not an instance of it"
             if isinstance(rule, type)
-            else repr(rule)
+            else (repr(rule) if len(repr(rule)) <= 60 else f"a {type(rule).__name__}")
         )
         lacks = f" (it lacks {', '.join(missing)})" if missing else ""
         raise ArgumentTypeError(

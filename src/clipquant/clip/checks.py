@@ -40,7 +40,16 @@ def check_number(
     bound = f">= {low:g}" if low is not None else f"> {above:g}"
     if is_number(value) and (value >= low if low is not None else value > above):
         return
+    hint = "drop the quotes" if _is_quoted(value) else hint
     raise ArgumentError(f"{rule}: {name} must be a number {bound}, got {value!r}: {hint}")
+
+
+def _is_quoted(value: Any) -> bool:
+    """Return whether a text holds a number."""
+    try:
+        return isinstance(value, str) and float(value) == float(value)
+    except ValueError:
+        return False
 
 
 def check_count(rule: str, name: str, value: Any, *, low: int) -> None:

@@ -5,35 +5,46 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from clipquant.artifact import load_state
+from clipquant.budget.chance import Judged, drop_between
 from clipquant.errors import ArgumentError
-from clipquant.model.asked import as_batches, check_model, check_spelling
-from clipquant.model.auto import AutoBits, Seen, check_auto, quantize_auto
+from clipquant.keywords import OF_QUANTIZING, naming_keywords
+from clipquant.model.asked import as_batches, check_model, check_spelling, with_teacher
+from clipquant.model.auto import AutoBits, Seen, check_auto, check_budgets, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
+from clipquant.model.score import NAME, Score, judged_by
+from clipquant.quant.codes.coding import Coding, check_coding
 from clipquant.quant.codes.spec import MAX_BITS, Granularity
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.methods import Method
+from clipquant.quant.network.bare import on_bare
 from clipquant.quant.network.calibration import (
     Calibration,
     Forward,
     Progress,
     calibration_data,
     call_model,
+    plain_loop,
 )
+from clipquant.quant.network.devices import asked_device, device_of, loop_on_device, moved
 from clipquant.quant.network.layers import Globs
 from clipquant.quant.network.twin import twin_of
 from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
 from clipquant.quant.widths.sensitivity import believed_gradients, output_divergence
 from clipquant.report.progress import progress_bar
+from clipquant.report.worries import boundless
 
 
+@naming_keywords(OF_QUANTIZING)
 @torch.inference_mode(False)
+@on_bare
 def quantize(
     model: nn.Module,
     bits: int | Literal["auto"] = 8,
@@ -51,7 +62,10 @@ def quantize(
     calibration_batches: int = 16,
     forward: Forward = call_model,
     progress: Progress | bool = True,
-    score: Callable[[nn.Module], float] | None = None,
+    score: Score | None = None,
+    confidence: float | None = None,
+    coding: Coding = "dense",
+    device: torch.device | str | int | None = None,
 ) -> QuantizedModel:
     """Return `model` quantized; `model` itself is never touched.
 
@@ -80,7 +94,17 @@ def quantize(
         forward: Runs a copy of the model on a batch, where calling it is not enough.
         progress: Whether a bar shows the weight at work and the time left of what takes longer than 2 s;
             or what is told the weight's name, the steps done and the steps in all, before each step.
-        score: Returns a figure of merit of a model, higher is better.
+        score: Returns a figure of merit of a model, higher is better; or a tensor of such figures, one for each
+            sample, of which the mean counts. Samples have chance: with a figure for each, the drop has a standard
+            error, and `max_drop` is kept with it. A single figure is taken as it is.
+        confidence: With `max_drop`: how sure it must be, above 0.5 and below 1, that the true drop is within it.
+            None: the drop measured and one standard error must be.
+        coding: How a file holds codes: "dense"; "entropy", each weight in an entropy code where that is smaller,
+            which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where that extra
+            is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is coded.
+        device: Where a copy of the model runs and its codes are computed, such as "cuda"; a layer that finds no
+            memory there is computed on the CPU, and the report says so. The result lies where the model does.
+            None: there.
 
     Returns:
         The quantized model, with its report.
@@ -94,35 +118,48 @@ def quantize(
     """
     check_model(model)
     check_spelling(method)
-    data = as_batches(data)
+    check_coding(coding)
+    data, on = as_batches(data), asked_device(device)
     chosen = MAX_BITS if bits == "auto" else bits
     recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
     if bits == "auto":
-        check_auto(max_drop, max_size, recipe)
+        check_auto(max_drop, max_size, recipe, confidence)
+        if on is not None:
+            raise ArgumentError(
+                f"bits='auto' computes where the model lies; got device={device!r}. Move the model there, and leave "
+                "device out."
+            )
         batches = _auto_data(data, calibration_batches)
-        goal = AutoBits(max_drop, max_size, "score", "max", recipe)
+        goal = AutoBits(max_drop, max_size, NAME, "max", recipe, confidence, coding)
         judge = None if score is None else _judge_of(model, score)
-        before = {} if score is None else {"score": float(score(model))}
+        before = Judged({}) if score is None else judged_by(score, model)
         with progress_bar(progress) as tell:
             calibration = Calibration(batches, forward, tell)
             made = quantize_auto(
                 twin_of(model), goal, _seen(model, recipe, calibration), before, judge
             )
         return _warned(made.reported(calibration=f"{len(batches)} batches of the data given"))
-    if max_drop is not None or max_size is not None:
-        raise ArgumentError(
-            f"max_drop and max_size need bits='auto', which chooses the bits by them; got bits={bits!r}."
-        )
+    check_budgets(bits, max_drop, max_size, confidence)
     batches = [] if data is None else calibration_data(data, calibration_batches)
     with progress_bar(progress) as tell:
-        guest = twin_of(model) if batches else model
-        made = quantize_by(recipe, guest, Calibration(batches, forward, tell))
+        guest = model if on is None and not batches else twin_of(model)
+        loop = plain_loop if on is None else loop_on_device(on)
+        guest = guest if on is None else guest.to(on)
+        made = quantize_by(recipe, guest, Calibration(batches, forward, tell, on, loop))
+    if on is not None:
+        made = replace(made, weights=moved(made.weights, device_of(model)))
+    made = made if coding == "dense" else made.coded(coding)
     _warned(made)
     if score is None:
         return made
-    before = {"score": float(score(model))}
-    after = {"score": float(score(made.apply_to(copy.deepcopy(model))))}
-    return made.reported(float_metrics=before, quantized_metrics=after, monitor="score", mode="max")
+    before, after = judged_by(score, model), judged_by(score, made.apply_to(copy.deepcopy(model)))
+    return made.reported(
+        float_metrics=before.metrics,
+        quantized_metrics=after.metrics,
+        drop_error=drop_between(before, after, NAME, "max").shown_error,
+        monitor=NAME,
+        mode="max",
+    )
 
 
 def quantize_by(
@@ -136,14 +173,15 @@ def quantize_by(
             and ends as it was.
         calibration: Batches, and how to run them.
     """
-    weights = quantize_weights(model, recipe, calibration)
+    weights = quantize_weights(model, with_teacher(recipe, model), calibration)
     return QuantizedModel(weights, make_report(weights, model))
 
 
 def _warned(made: QuantizedModel) -> QuantizedModel:
-    """Return the same, after one warning where the network is likely harmed."""
-    if made.report.warning:
-        warnings.warn(f"The quantized network is {made.report.warning}.", stacklevel=4)
+    """Return the same, after a warning where the network is likely harmed and where a budget bounds nothing."""
+    harmed = f"The quantized network is {made.report.warning}" if made.report.warning else ""
+    for said in filter(None, (harmed, boundless(made.report))):
+        warnings.warn(f"{said}.", stacklevel=6)
     return made
 
 
@@ -169,14 +207,10 @@ def _seen(model: nn.Module, recipe: Recipe, calibration: Calibration) -> Seen:
     return Seen(fisher, calibration)
 
 
-def _judge_of(
-    model: nn.Module, score: Callable[[nn.Module], float]
-) -> Callable[[QuantizedWeights], Mapping[str, float]]:
+def _judge_of(model: nn.Module, score: Score) -> Callable[[QuantizedWeights], Judged]:
     guest = copy.deepcopy(model)
 
-    def judge(weights: QuantizedWeights) -> Mapping[str, float]:
-        return {
-            "score": float(score(load_state(guest, weights.state_dict(), "the quantized model")))
-        }
+    def judge(weights: QuantizedWeights) -> Judged:
+        return judged_by(score, load_state(guest, weights.state_dict(), "the quantized model"))
 
     return judge

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from clipquant.artifact import load_state, save_artifact, serialized_size
+from clipquant.quant.codes.coding import Coding, with_coding
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.report.files import environment
-from clipquant.report.layers import bits_per_weight, layer_records
-from clipquant.report.record import QuantizationReport
+from clipquant.report.layers import bits_per_weight, coded_figures, layer_records
+from clipquant.report.record import LayerRecord, QuantizationReport
 from clipquant.report.stored import describe
 from clipquant.shown import shown
 
@@ -55,21 +56,43 @@ class QuantizedModel:
         """
         return load_state(model, self.state_dict(), "the quantized model")
 
-    def save(self, path: str | Path) -> Path:
+    def coded(self, coding: Coding) -> QuantizedModel:
+        """Return the same weights with codes that a file holds dense or in an entropy code, and their report.
+
+        Args:
+            coding: "dense", "entropy" or "auto", see `quantize`.
+
+        Raises:
+            ValueError: For anything else.
+            MissingPackageError: For "entropy" without the extra `clipquant[entropy]`.
+        """
+        weights = with_coding(self.weights, coding)
+        layers = tuple(
+            replace(layer, **coded_figures(weights.tensors[layer.name]))
+            for layer in self.report.layers
+        )
+        share = bits_per_weight(weights.tensors.values())
+        return replace(self, weights=weights).reported(layers=layers, bits_per_weight=share)
+
+    def save(self, path: str | Path, *, coding: Coding | None = None) -> Path:
         """Write the file that `load_quantized` reads: whole or not at all.
 
         Args:
             path: Its name.
+            coding: How it holds codes, see `quantize`. None: as the model was quantized.
 
         Returns:
             The path.
 
         Raises:
             OSError: If it cannot be written.
+            MissingPackageError: For coding="entropy" without the extra `clipquant[entropy]`.
 
         Warns:
             UserWarning: If it is larger than the float tensors, with the reason.
         """
+        if coding is not None:
+            return self.coded(coding).save(path)
         written = save_artifact(self.weights, path, describe(self.report))
         size, floats = written.stat().st_size, self.report.float_bytes
         if size > floats:
@@ -101,11 +124,18 @@ def make_report(
 ) -> QuantizationReport:
     """Return the report of quantized weights beside the float model they came from."""
     state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    unique = {k: v for k, v in state.items() if k not in weights.aliases}
+    float_bytes = sum(v.nbytes for k, v in state.items() if k not in weights.aliases)
+    return report_of(weights, layer_records(weights, state, sensitivities), float_bytes)
+
+
+def report_of(
+    weights: QuantizedWeights, layers: tuple[LayerRecord, ...], float_bytes: int
+) -> QuantizationReport:
+    """Return the report of quantized weights, given what cannot be seen of them: what is lost, layer by layer."""
     report = QuantizationReport(
-        layers=layer_records(weights, state, sensitivities),
+        layers=layers,
         left=weights.left,
-        float_bytes=sum(v.nbytes for v in unique.values()),
+        float_bytes=float_bytes,
         size_bytes=1,
         bits_per_weight=bits_per_weight(weights.tensors.values()),
         environment=environment(),

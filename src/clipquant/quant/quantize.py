@@ -52,20 +52,28 @@ def quantize_weights(
         )
     selection = recipe.select(model)
     specs = recipe.specs(selection.targets)
+    trained = {
+        t.name: recipe.trained[t.name].tensor(t.weight)
+        for t in selection.targets
+        if t.name in recipe.trained
+    }
     if recipe.symmetric is None:
         pruned = (t.name for t in selection.targets if is_pruned(t.weight))
         specs |= {name: with_zero(specs[name]) for name in pruned}
     problem = Problem(model, selection.targets, specs, calibration)
-    with evaluating(model):
-        found = solved(recipe.solver, problem)
+    problem = problem.given(Found({name: tensor.coded for name, tensor in trained.items()}))
+    found = Found({})
+    if problem.targets:
+        with evaluating(model):
+            found = solved(recipe.solver, problem)
     _check(found, problem, recipe.solver.name)
     found = _with_zeros(found, problem)
     if recipe.granularity is None:
         for name, spec in specs.items():
-            if isinstance(spec.granularity, int):
+            if isinstance(spec.granularity, int) and name not in trained:
                 said = f"a scale for every {spec.granularity} weights: one a channel would not hold"
                 found = found.noted([name], said)
-    tensors = {
+    own = {
         target.name: QuantizedTensor(
             found.codes[target.name],
             specs[target.name].width,
@@ -73,14 +81,16 @@ def quantize_weights(
             target.weight.dtype,
             found.methods[target.name],
         )
-        for target in selection.targets
+        for target in problem.targets
     }
+    own |= trained
+    tensors = {target.name: own[target.name] for target in selection.targets}
     floats = rest_of(model, tensors, selection.aliases)
     floats |= {name: bias for name, bias in found.biases.items() if name in floats}
     notes = {name: "; ".join(said) for name, said in found.notes.items()}
     lookups = lookups_of(model, selection.targets)
     weights = QuantizedWeights(tensors, floats, selection.aliases, selection.left, notes, lookups)
-    if calibration is None:
+    if calibration is None or trained:  # whose BatchNorm statistics were trained with them
         return weights
     with evaluating(model):
         statistics = reestimate(Twin(model), problem.twin(found), calibration)
@@ -90,21 +100,24 @@ def quantize_weights(
             if spec.width < PLENTY and reads_data(recipe.solver, spec)
         }
         errors = output_errors(problem, found, statistics, calibration) if judged else {}
-    own = {name: error for name, error in errors.items() if name in judged - lookups}
-    return replace(weights.following(statistics), errors=own)
+    kept = {name: error for name, error in errors.items() if name in judged - lookups}
+    return replace(weights.following(statistics), errors=kept)
 
 
 def _with_zeros(found: Found, problem: Problem) -> Found:
     """Return the same codes with the zeros of pruned weights kept, or a note of how many are lost."""
-    for target in problem.targets:
+    pairs = [(t, found.codes[t.name]) for t in problem.targets]
+    for target, coded in (*pairs, *problem.fixed.values()):
         if not is_pruned(target.weight):
             continue
-        matrix, coded = matrix_of(target), found.codes[target.name]
-        if coded.grid.zero is None:
-            found = replace(found, codes={**found.codes, target.name: kept_zeros(coded, matrix)})
-            said = f"pruned: {int((matrix == 0).sum()):,} zeros kept by a grid with an exact zero"
-        else:
-            lost = lost_zeros(coded, matrix)
+        matrix, own = matrix_of(target), target.name in found.codes
+        if own and coded.grid.zero is None:
+            coded = kept_zeros(coded, matrix)
+            found = replace(found, codes={**found.codes, target.name: coded})
+        zeros, lost = int((matrix == 0).sum()), lost_zeros(coded, matrix)
+        share = f"{zeros:,} zeros ({zeros / matrix.numel():.1%})"
+        said = f"{'pruned: ' if own else ''}{share} kept by a grid with an exact zero"
+        if lost:
             said = f"pruned: {lost:,} zeros lost, the grid has none; symmetric=True and 2 bits keep them"
         found = found.noted([target.name], said)
     return found

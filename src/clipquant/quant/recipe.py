@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +13,7 @@ from clipquant.errors import ArgumentError
 from clipquant.quant.codes.granularity import SHORT, SHORT_LOOKUP, fitting_granularity
 from clipquant.quant.codes.size import coded_bytes
 from clipquant.quant.codes.spec import Granularity, QuantSpec, check_bits
+from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.methods import METHODS, Method
 from clipquant.quant.methods.base import reads_data
 from clipquant.quant.network.batchnorm import batch_norms
@@ -33,6 +34,8 @@ class Recipe:
         include: Globs over state-dict keys; None: every known weight.
         exclude: Globs over state-dict keys that stay in float.
         overrides: Glob over state-dict keys -> bits for those weights; the first match holds.
+        trained: State-dict key -> the grid that training has left; such a weight is put on it, whatever else
+            is said.
 
     Raises:
         ValueError: For a setting that cannot be; the message names the rule, the value and the remedy.
@@ -49,12 +52,17 @@ class Recipe:
     include: Globs = None
     exclude: Globs = None
     overrides: Mapping[str, int] | None = None
+    trained: Mapping[str, TrainedGrid] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _ = self.spec
         check_method(self.method)
-        for bits in (self.overrides or {}).values():
-            check_bits(bits)
+        if self.symmetric not in (True, False, None):
+            raise ArgumentError(
+                f"symmetric must be true, false or None, what suits the width; got {self.symmetric!r}."
+            )
+        check_lists(include=self.include, exclude=self.exclude)
+        _check_overrides(self.overrides)
 
     @property
     def spec(self) -> QuantSpec:
@@ -78,7 +86,7 @@ class Recipe:
         that is so of all.
         """
         selection = select(model, self.include, self.exclude)
-        specs = {target.name: self._asked(target) for target in selection.targets}
+        specs = {target.name: self.asked(target) for target in selection.targets}
         larger = {
             target.name: f"would take more bytes as codes: {size:,} against {target.weight.nbytes:,}"
             for target in selection.targets
@@ -94,16 +102,20 @@ class Recipe:
             ValueError: For a glob of `overrides` that matches none of the weights.
         """
         targets = list(targets)
-        check_globs([target.name for target in targets], overrides=self.overrides)
+        self.check_overrides(targets)
         return {target.name: self._spec_of(target) for target in targets}
 
-    def _asked(self, target: Target) -> QuantSpec:
+    def check_overrides(self, targets: Iterable[Target]) -> None:
+        """Raise for a glob of `overrides` that matches none of the weights; their values are not read."""
+        check_globs([target.name for target in targets], overrides=self.overrides)
+
+    def asked(self, target: Target) -> QuantSpec:
         """Return a weight's grid, a scale a channel where nothing else is said."""
         bits = self.override(target.name)
         return self.spec if bits is None else _with_bits(self.spec, bits)
 
     def _spec_of(self, target: Target) -> QuantSpec:
-        spec = self._asked(target)
+        spec = self.asked(target)
         if self.granularity is not None:
             return spec
         matrix = target.layout.fold(target.weight.detach())
@@ -117,8 +129,12 @@ class Recipe:
 
     def reads_data(self, model: nn.Module) -> bool:
         """Return whether batches make a difference: to a weight's method, or to BatchNorm statistics."""
-        specs = self.specs(self.select(model).targets).values()
-        return bool(batch_norms(model)) or any(reads_data(self.solver, spec) for spec in specs)
+        targets = self.select(model).targets
+        self.check_overrides(targets)
+        # No value of a weight is looked at.
+        left = [self.asked(target) for target in targets if target.name not in self.trained]
+        follows = bool(batch_norms(model)) and not self.trained
+        return follows or any(reads_data(self.solver, spec) for spec in left)
 
     def without_data(self) -> Recipe:
         """Return the same settings with the best method that looks at the weights alone."""
@@ -141,6 +157,39 @@ needs_data and solve(problem); got 'awq'.
             f"method must be one of {', '.join(map(repr, METHODS))}, or an object with name, needs_data "
             f"and solve(problem); got {method!r}."
         )
+
+
+def check_lists(**globs: Any) -> None:
+    """Raise for a text where a list of globs is meant, whose letters would be globs of their own.
+
+    >>> check_lists(include="fc*")
+    Traceback (most recent call last):
+    ...
+    clipquant.errors.ArgumentError: include must be a list of globs over the names of weights; got 'fc*'. Write ['fc*'].
+    """
+    for name, given in globs.items():
+        if isinstance(given, str) or (given is not None and not isinstance(given, Iterable)):
+            remedy = f" Write [{given!r}]." if isinstance(given, str) else ""
+            raise ArgumentError(
+                f"{name} must be a list of globs over the names of weights; got {given!r}.{remedy}"
+            )
+
+
+def _check_overrides(overrides: Any) -> None:
+    if not isinstance(overrides, Mapping | None):
+        raise ArgumentError(
+            f"overrides must give bits for globs over the names of weights; got {overrides!r}. "
+            'Write a dict such as {"fc2.*": 8}.'
+        )
+    for glob, bits in (overrides or {}).items():
+        _check_override(glob, bits)
+
+
+def _check_override(glob: object, bits: Any) -> None:
+    try:
+        check_bits(bits)
+    except ArgumentError as error:
+        raise ArgumentError(f"overrides[{glob!r}]: {error}") from None
 
 
 def data_free() -> str:

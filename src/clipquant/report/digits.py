@@ -29,6 +29,47 @@ def pair(before: float, after: float) -> tuple[str, str]:
     return said[0], said[1]
 
 
+def measured(value: float, error: float | None, digits: int = 4) -> str:
+    """Return a figure with its standard error, where it has one, to the error's digits.
+
+    Args:
+        value: The figure.
+        error: Its standard error; None: not known.
+        digits: Of a figure without one.
+
+    >>> measured(0.00312, 0.00104), measured(0.00312, None), measured(12.0, 3.4), measured(0.001, 0.0)
+    ('0.0031 +- 0.0010', '0.00312', '12.0 +- 3.4', '0.001 +- 0')
+    """
+    if error is None or not (math.isfinite(value) and math.isfinite(error)):
+        return f"{value:.{digits}g}"
+    if error == 0:
+        return f"{value:.{digits}g} +- 0"
+    places = 1 - math.floor(math.log10(error))
+    if places > 8:
+        return f"{value:.{digits}g} +- {error:.2g}"
+    return f"{value:.{max(places, 0)}f} +- {error:.{max(places, 0)}f}"
+
+
+def change_said(drop: float, error: float | None = None, digits: int = 4) -> str:
+    """Return in words by how much a metric got worse or better.
+
+    >>> change_said(0.0), change_said(0.0031, 0.001), change_said(-0.25)
+    ('unchanged', 'worse by 0.0031 +- 0.0010', 'better by 0.25')
+    """
+    if drop == 0 and not error:
+        return "unchanged"
+    return f"{'better' if drop < 0 else 'worse'} by {measured(abs(drop), error, digits)}"
+
+
+def sure_said(sure: float) -> str:
+    """Return how sure something is, never as more than it can be.
+
+    >>> sure_said(0.876), sure_said(0.9999), sure_said(0.2)
+    ('88 % sure', 'over 99 % sure', '20 % sure')
+    """
+    return f"{100 * sure:.0f} % sure" if sure < 0.995 else "over 99 % sure"
+
+
 def _short(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
 

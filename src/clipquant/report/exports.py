@@ -13,6 +13,14 @@ from clipquant.report.record import QuantizationReport
 EXPORT_HEADER = ("export", "bytes", "metric", "latency, ms", "float ONNX, ms")
 
 
+def export_table(report: QuantizationReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of the exports, without columns in which nothing was measured."""
+    rows = export_rows(report)
+    kept = [i for i in range(len(EXPORT_HEADER)) if any(row[i] != "-" for row in rows)]
+    header, *rows = (tuple(row[i] for i in kept) for row in (EXPORT_HEADER, *rows))
+    return header, rows
+
+
 def export_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
     """Return one row an export under `EXPORT_HEADER`: a dash where nothing was measured or written."""
     return [_row(export, report.monitor) for export in report.exports]

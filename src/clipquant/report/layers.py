@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,27 @@ def layer_records(
 
 
 def _note(record: LayerRecord, weights: QuantizedWeights) -> str:
-    """Return what is to be known of a weight, its likely harm first; rows of unlike width were weighed by a budget."""
-    own = weights.notes.get(record.name, "")
-    if len(record.rows) > 1:
+    """Return what is to be known of a weight, its likely harm first.
+
+    Of rows of unlike width it is the outputs that tell: those that matter little have fewer bits, and the noise
+    of a weight whose rows are not looked up says nothing.
+    """
+    own, name = weights.notes.get(record.name, ""), record.name
+    if len(record.rows) > 1 and name not in weights.errors and name not in weights.lookups:
         return own
-    why = harms(record.bits, record.sqnr_db, weights.errors.get(record.name))
+    why = harms(record.bits, record.sqnr_db, weights.errors.get(name))
     return "; ".join(filter(None, (f"{HARMED}: {why}" if why else "", own)))
+
+
+def unharmed(record: LayerRecord) -> LayerRecord:
+    """Return a record whose note does not begin with a likely harm.
+
+    >>> unharmed(LayerRecord("w", (1,), 2, "gptq", 9.0, 1, note=f"{HARMED}: 9.0 dB SQNR; pruned")).note
+    'pruned'
+    """
+    if not record.note.startswith(HARMED):
+        return record
+    return replace(record, note=record.note.partition("; ")[2])
 
 
 def layer_record(
@@ -70,11 +86,46 @@ def layer_record(
         tensor.code_bits / max(tensor.numel, 1),
         tensor.method,
         sqnr,
-        stored_bytes(tensor),
         sensitivity=sensitivity,
         rows=rows_by_width(tensor),
         histogram=bars,
+        **coded_figures(tensor),
     )
+
+
+def coded_figures(tensor: QuantizedTensor) -> dict[str, Any]:
+    """Return the figures of a weight's record that depend on how a file holds its codes."""
+    if tensor.stream is None:
+        return {"bytes": stored_bytes(tensor), "coded_bits": None, "entropy": None}
+    return {
+        "bytes": stored_bytes(tensor),
+        "coded_bits": 8 * tensor.stream.nbytes / max(tensor.numel, 1),
+        "entropy": None if tensor.codes.is_meta else entropy(tensor),
+    }
+
+
+def entropy(tensor: QuantizedTensor) -> float:
+    """Return the entropy of a weight's codes in bits a code, rows of one width together, each for itself.
+
+    That is the least that a code of fixed probabilities can take: sum -p log2 p of their shares p.
+
+    Source:
+        Shannon 1948, "A Mathematical Theory of Communication".
+
+    >>> from clipquant.quant.codes.grid import Coded
+    >>> from clipquant.quant.codes.layout import Layout
+    >>> grid = Grid(torch.ones(1, 1), None, 2, 4)
+    >>> codes = torch.tensor([[1, 1, 1, 1], [0, 1, 2, 1]], dtype=torch.uint8)
+    >>> round(entropy(QuantizedTensor(Coded(codes, grid), 2, Layout((2, 4)), torch.float32)), 3)
+    1.061
+    """
+    bits = torch.as_tensor(tensor.bits, device=tensor.codes.device).expand(tensor.layout.rows)
+    total = 0.0
+    for width in bits.unique().tolist():
+        count = torch.bincount(tensor.codes[bits == width].reshape(-1)).double()
+        share = count[count > 0] / count.sum()
+        total -= float((count[count > 0] * share.log2()).sum())
+    return total / max(tensor.numel, 1)
 
 
 def rows_by_width(tensor: QuantizedTensor) -> dict[int, int]:
@@ -87,8 +138,10 @@ def rows_by_width(tensor: QuantizedTensor) -> dict[int, int]:
 
 def stored_bytes(tensor: QuantizedTensor) -> int:
     """Return the bytes of a weight's codes, scales, zeros and bits in the file."""
-    parts = (tensor.scale, tensor.zero, tensor.bits)
+    parts = (tensor.scale, tensor.zero, tensor.bits, tensor.stream)
     side = sum(part.nbytes for part in parts if isinstance(part, Tensor))
+    if tensor.stream is not None:
+        return side
     return packed_bytes(tensor.bits, tuple(tensor.codes.shape)) + side
 
 
@@ -152,7 +205,7 @@ def histogram(weight: Tensor, tensor: QuantizedTensor) -> Histogram:
     low, high = (float(end) for end in values.aminmax())
     stride = len(values) // SAMPLE | 1  # odd: it does not fall on the same few columns of a matrix
     sample = values[::stride].float()
-    counts = torch.histc(sample, BINS, low, high) if high > low else torch.ones(1)
+    counts = torch.histc(sample, BINS, low, high) if high > low else sample.new_ones(1)
     relative = (counts.double() * FULL / counts.max()).ceil().int().tolist()
     return Histogram(low, high, tuple(relative), *typical_values(tensor))
 
@@ -168,13 +221,13 @@ def typical_values(tensor: QuantizedTensor) -> tuple[tuple[float, ...], int]:
     grid = tensor.grid
     zero = None if grid.zero is None else _pick(grid.zero, row)
     one = Grid(_pick(grid.scale, row), zero, levels, levels + 1)
-    codes = torch.arange(levels + 1, dtype=torch.uint8)[None]
+    codes = torch.arange(levels + 1, dtype=torch.uint8, device=one.scale.device)[None]
     return tuple(dequantize_rows(codes, one)[0].tolist()), row
 
 
 def _typical_row(tensor: QuantizedTensor) -> int:
     scales = tensor.scale[:, 0].abs().double().expand(tensor.layout.rows)
-    index = torch.arange(tensor.layout.rows)
+    index = torch.arange(tensor.layout.rows, device=scales.device)
     if isinstance(tensor.bits, Tensor):
         counts = torch.bincount(tensor.bits.long(), minlength=1)
         width = int(counts[1:].argmax()) + 1 if counts[1:].any() else 0
@@ -183,4 +236,4 @@ def _typical_row(tensor: QuantizedTensor) -> int:
 
 
 def _pick(part: Tensor, row: int) -> Tensor:
-    return part[min(row, len(part) - 1), :1].reshape(1, 1).cpu()
+    return part[min(row, len(part) - 1), :1].reshape(1, 1)

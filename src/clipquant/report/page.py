@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from string import Template
 
 from clipquant.report import plots
-from clipquant.report.exports import EXPORT_HEADER, Remark, export_remarks, export_rows
+from clipquant.report.digits import pair
+from clipquant.report.exports import Remark, export_remarks
 from clipquant.report.plots import counted, short_bytes
-from clipquant.report.record import LayerRecord, QuantizationReport, Trial, drop_of
-from clipquant.report.table import figure
-from clipquant.report.text import escape
+from clipquant.report.record import Histogram, LayerRecord, QuantizationReport
+from clipquant.report.sheets import exports_sheet, left_sheets, trials_sheet, weights_sheet
+from clipquant.report.text import breakable, escape
 
-_COLUMNS = (
-    ("weight", "text"),
-    ("shape", "number"),
-    ("bits", "number"),
-    ("method", "text"),
-    ("SQNR dB", "number"),
-    ("sensitivity", "number"),
-    ("bytes", "number"),
-    ("share of file", "number"),
-)
-MAX_HISTOGRAMS = 64
+MOST = 24  # weights that are drawn; a table lists them all
 
 
 def render_page(report: QuantizationReport) -> str:
@@ -45,9 +36,10 @@ def render_page(report: QuantizationReport) -> str:
     )
     return template.substitute(
         title=escape(f"Quantization report: {short_bytes(report.size_bytes)}"),
-        headline=escape(_headline(report)),
+        headline=breakable(_headline(report)),
         state=_state(report),
-        verdict=escape(report.verdict),
+        verdict=breakable(report.verdict),
+        worries=_worries(report),
         tiles="".join(_tiles(report)),
         sections="".join(sections),
     )
@@ -57,28 +49,30 @@ def _headline(report: QuantizationReport) -> str:
     sizes = f"{short_bytes(report.float_bytes)} to {short_bytes(report.size_bytes)}"
     if report.monitor is None or report.drop is None:
         return sizes
-    before = report.float_metrics[report.monitor]
-    after = report.quantized_metrics[report.monitor]
-    return f"{sizes}, {report.monitor} {before:.4g} to {after:.4g}"
+    before, after = pair(
+        report.float_metrics[report.monitor], report.quantized_metrics[report.monitor]
+    )
+    return f"{sizes}, {report.monitor} {before} to {after}"
 
 
 def _state(report: QuantizationReport) -> str:
+    if report.suspicion or report.harmed:
+        return "missed"
     if report.budget is None:
         return "none"
     return "met" if report.budget.met else "missed"
 
 
+def _worries(report: QuantizationReport) -> str:
+    """Return what is to be looked at and does not stand in the verdict."""
+    rest = [worry for worry in report.worries if worry.rstrip(".") not in report.verdict]
+    items = "".join(f"<li>{breakable(worry)}</li>" for worry in rest)
+    return f'<div class="worries"><h2>Look at</h2><ul>{items}</ul></div>' if rest else ""
+
+
 def _tiles(report: QuantizationReport) -> list[str]:
     """Return the figures at the top: each metric on the same batches, size, ratio, width, time."""
-    names = sorted(report.float_metrics, key=lambda name: name != report.monitor)
-    tiles = [
-        _tile(
-            name,
-            f"{report.quantized_metrics.get(name, math.nan):.4g}",
-            f"float {report.float_metrics[name]:.4g}, same batches",
-        )
-        for name in names[:6]
-    ]
+    tiles = [_metric_tile(report, name) for name in report.metric_names[:6]]
     tiles += [
         _tile(
             "size of the file",
@@ -95,6 +89,13 @@ def _tiles(report: QuantizationReport) -> list[str]:
     return tiles
 
 
+def _metric_tile(report: QuantizationReport, name: str) -> str:
+    before, after = pair(
+        report.float_metrics.get(name, math.nan), report.quantized_metrics.get(name, math.nan)
+    )
+    return _tile(name, after, f"float {before}, same batches")
+
+
 def _ratio_tile(ratio: float) -> str:
     if ratio >= 1:
         return _tile("smaller", f"{ratio:.2f}x", "float bytes over file bytes")
@@ -103,7 +104,7 @@ def _ratio_tile(ratio: float) -> str:
 
 def _tile(what: str, value: str, note: str) -> str:
     return (
-        f'<div class="tile"><div class="what">{escape(what)}</div>'
+        f'<div class="tile"><div class="what">{breakable(what)}</div>'
         f'<div class="value">{escape(value)}</div><div class="note">{escape(note)}</div></div>'
     )
 
@@ -117,89 +118,63 @@ def _search(report: QuantizationReport) -> str:
         f"Each dot is an allocation of bits that was measured on the validation data ({len(measured)} "
         "in all); the green one is the file. An open dot has one width for all weights."
     )
-    rows = "".join(
-        _trial(trial, report) for trial in sorted(measured, key=lambda trial: -trial.size_bytes)
-    )
-    heads = f"<th>bytes</th><th>{escape(report.monitor or '')}</th><th>drop</th><th>bits</th>"
-    table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+    table = trials_sheet(report, measured)
     return _card("The search for the budget", why, f'<div class="pair flat">{plot}{table}</div>')
 
 
-def _trial(trial: Trial, report: QuantizationReport) -> str:
-    value = math.nan if trial.value is None else trial.value
-    drop = drop_of(report.float_metrics[report.monitor or ""], value, report.mode)
-    bits = "one width" if trial.what == "uniform" else "by row"
-    kind = ' class="chosen"' if trial.chosen else ""
-    cells = (f"{trial.size_bytes:,}", f"{value:.6g}", f"{drop:.4g}", bits)
-    return f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
 def _weights(report: QuantizationReport) -> str:
-    heads = "".join(
-        f'<th scope="col" data-kind="{kind}"><button type="button">{escape(name)}</button></th>'
-        for name, kind in _COLUMNS
-    )
-    rows = "".join(_row(layer, report) for layer in report.layers)
-    table = (
-        f'<div class="scroll names"><table class="sortable"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
-    why = (
-        "SQNR is the signal to noise of the rounding; sensitivity the expected rise of the loss by it. "
-        "Click a heading to sort."
-    )
-    return _card("Weights", why, table)
-
-
-def _row(layer: LayerRecord, report: QuantizationReport) -> str:
-    share = layer.bytes / report.size_bytes
-    note = f'<br><span class="note">{escape(layer.note)}</span>' if layer.note else ""
-    cells = (
-        (layer.name, escape(layer.name) + note),
-        (math.prod(layer.shape), " x ".join(map(str, layer.shape))),
-        (layer.bits, f"{layer.bits:.2f}".removesuffix(".00")),
-        (layer.method, escape(layer.method)),
-        (_key(layer.sqnr_db), figure(layer.sqnr_db, ".1f")),
-        (_key(layer.sensitivity), figure(layer.sensitivity, ".2e")),
-        (layer.bytes, f"{layer.bytes:,}"),
-        (share, f"{share:.1%}"),
-    )
-    return "<tr>" + "".join(_cell(key, shown) for key, shown in cells) + "</tr>"
-
-
-def _cell(key: float | str, shown: str) -> str:
-    return f'<td data-key="{escape(str(key), quote=True)}">{shown}</td>'
-
-
-def _key(value: float | None) -> float | str:
-    """Return what the browser sorts by: JavaScript's spelling of infinity, missing as lowest."""
-    if value is None or math.isnan(value):
-        return "-Infinity"
-    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+    if not report.layers:
+        return _card("Weights", "No weight was quantized.", "")
+    why = "SQNR is the signal to noise ratio of the rounding"
+    if any(layer.sensitivity is not None for layer in report.layers):
+        why += ", sensitivity the expected rise of the loss by it"
+    return _card("Weights", f"{why}. Click a heading to sort.", weights_sheet(report))
 
 
 def _bars(report: QuantizationReport) -> str:
+    """Return the widths, where they differ, and the SQNR of weights; of many those that say most."""
     layers = report.layers
-    bits = _card(
-        "Bits", "Share of each weight's output channels at each width.", plots.bits_plot(layers)
+    if not layers:
+        return ""
+    worst = _first(
+        layers, lambda layer: layer.sqnr_db if layer.sqnr_db == layer.sqnr_db else math.inf
     )
-    sqnr = _card(
-        "Signal to noise",
-        "SQNR in dB: longer is closer to the float weight.",
-        plots.sqnr_plot(layers),
-    )
-    return f'<div class="pair">{bits}{sqnr}</div>'
+    cards = [
+        _card(
+            "Signal to noise",
+            f"SQNR in dB: longer is closer to the float weight.{_of(layers, 'lowest')}",
+            plots.sqnr_plot(worst),
+        )
+    ]
+    if len({width for layer in layers for width in layer.rows}) > 1:
+        why = f"Share of each weight's output channels at each width.{_of(layers, 'largest')}"
+        cards.insert(0, _card("Bits", why, plots.bits_plot(_largest(layers))))
+    return f'<div class="pair">{"".join(cards)}</div>'
+
+
+def _first(layers: Sequence[LayerRecord], key: Callable[[LayerRecord], float]) -> list[LayerRecord]:
+    """Return the weights of smallest key, where there are too many to draw, in the network's order."""
+    kept = {layer.name for layer in sorted(layers, key=key)[:MOST]}
+    return [layer for layer in layers if layer.name in kept]
+
+
+def _largest(layers: Sequence[LayerRecord]) -> list[LayerRecord]:
+    return _first(layers, lambda layer: -layer.bytes)
+
+
+def _of(layers: Sequence[LayerRecord], which: str) -> str:
+    """Return which weights are drawn, where not all are."""
+    return f" The {MOST} {which} of {len(layers)} weights." if len(layers) > MOST else ""
 
 
 def _histograms(report: QuantizationReport) -> str:
-    shown = [layer for layer in report.layers if layer.histogram is not None]
-    if not shown:
+    known = [layer for layer in report.layers if layer.histogram is not None]
+    if not known:
         return ""
-    shown = sorted(shown, key=lambda layer: -layer.bytes)[:MAX_HISTOGRAMS]
-    figures = "".join(_histogram(layer) for layer in shown)
+    figures = "".join(map(_histogram, sorted(_largest(known), key=lambda layer: -layer.bytes)))
     why = (
-        "The float weights, and over them the values of one grid: that of the output channel of median "
-        "step (every channel has its own)."
+        "The float weights in blue, and over them the values that codes stand for in one output channel, the one "
+        f"of median step; channels are counted from 0.{_of(known, 'largest')}"
     )
     return _card("Weights and their grids", why, f'<div class="many">{figures}</div>')
 
@@ -208,34 +183,37 @@ def _histogram(layer: LayerRecord) -> str:
     bars = layer.histogram
     if bars is None:
         return ""
-    said = f"{len(bars.levels)} levels of row {bars.row}"
     return (
-        f"<figure><h3>{escape(layer.name)}</h3>{plots.histogram_plot(bars, layer.name)}"
-        f"<figcaption>{said}</figcaption></figure>"
+        f"<figure><h3>{breakable(layer.name)}</h3>{plots.histogram_plot(bars, layer.name)}"
+        f"<figcaption>{_grid_said(layer, bars)}</figcaption></figure>"
     )
+
+
+def _grid_said(layer: LayerRecord, bars: Histogram) -> str:
+    """Return whose grid is drawn, and its step where its values are too many to be."""
+    values, channels = bars.levels, sum(layer.rows.values())
+    said = counted(len(values), "value")
+    if len(values) > plots.MANY:
+        step = (max(values) - min(values)) / (len(values) - 1)
+        said += f" in steps of {step:.3g}"
+    return f"{said} (channel {bars.row} of {channels})" if channels > 1 else said
 
 
 def _exports(report: QuantizationReport) -> str:
     if not report.exports:
         return ""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in EXPORT_HEADER)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in export_rows(report)
-    )
-    table = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     remarks = "".join(map(_remark, export_remarks(report)))
     why = (
         "Files that run without this package; metrics and times are those of the files themselves."
     )
-    return _card("Exports", why, table + remarks)
+    return _card("Exports", why, exports_sheet(report) + remarks)
 
 
 def _remark(remark: Remark) -> str:
     first, *rest = remark.lines
     kind = "remarks failed" if remark.failed else "remarks"
-    items = "".join(f"<li>{escape(line)}</li>" for line in rest)
-    return f'<div class="{kind}"><p>{escape(first)}</p><ul>{items}</ul></div>'.replace(
+    items = "".join(f"<li>{breakable(line)}</li>" for line in rest)
+    return f'<div class="{kind}"><p>{breakable(first)}</p><ul>{items}</ul></div>'.replace(
         "<ul></ul>", ""
     )
 
@@ -243,16 +221,9 @@ def _remark(remark: Remark) -> str:
 def _left(report: QuantizationReport) -> str:
     if not report.left:
         return ""
-    rows = "".join(
-        f'<tr><td>{escape(item.name)}</td><td>{item.bytes:,}</td><td class="prose">{escape(item.why)}</td></tr>'
-        for item in report.left
-    )
-    table = (
-        '<div class="scroll names"><table><thead><tr><th scope="col">tensor</th><th scope="col">bytes</th>'
-        f'<th scope="col" class="prose">why</th></tr></thead><tbody>{rows}</tbody></table></div>'
-    )
     total = sum(item.bytes for item in report.left)
-    return _card("Left in float", f"{total:,} bytes stay as they were.", table)
+    why = f"{counted(len(report.left), 'tensor')}, {total:,} bytes in all, and why."
+    return _card("Left in float", why, left_sheets(report.left))
 
 
 def _provenance(report: QuantizationReport) -> str:
@@ -261,7 +232,6 @@ def _provenance(report: QuantizationReport) -> str:
         ("sha256", report.sha256),
         ("calibration data", report.calibration or "none: chosen from the weights alone"),
         ("seed", report.seed),
-        ("failed", "; ".join(report.failures)),
         *report.environment.items(),
     ]
     timed = report.latency
@@ -276,7 +246,7 @@ def _provenance(report: QuantizationReport) -> str:
 
 def _list(entries: Sequence[tuple[str, object]]) -> str:
     shown = (
-        f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
+        f"<dt>{escape(name)}</dt><dd>{breakable(value)}</dd>"
         for name, value in entries
         if value not in (None, "")
     )

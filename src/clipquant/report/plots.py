@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from clipquant.report.naming import distinct
 from clipquant.report.record import Histogram, LayerRecord, QuantizationReport, Trial, drop_of
 from clipquant.report.text import escape
 
 WIDTH = 440  # of every plot, in its own units: about a phone's screen, so that text keeps its size
 PITCH = 46  # from one layer's bar to the next
 BAR = 15
+MANY = 32  # values of a grid that are still told apart as lines
 
 
 def histogram_plot(bars: Histogram, name: str) -> str:
     """Return the weights' histogram with the grid's levels drawn over it.
 
-    Up to 32 levels are lines over the bars; more are ticks under them.
+    Up to 32 levels are lines over the bars; of more only the ends are, joined by a line under the bars.
     """
     height, floor = 136, 108
     ends = (*bars.levels, bars.low, bars.high)
@@ -38,12 +40,7 @@ def histogram_plot(bars: Histogram, name: str) -> str:
         )
         for i, count in enumerate(bars.counts)
     ]
-    top, bottom = (4, floor + 5) if len(bars.levels) <= 32 else (floor + 1, floor + 7)
-    marks += [
-        f'<line class="level" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="{top}" y2="{bottom}">'
-        f"<title>level {i}: {v:.4g}</title></line>"
-        for i, v in enumerate(bars.levels)
-    ]
+    marks += _levels(bars.levels, x, floor)
     marks.append(_line("axis", 8, floor, WIDTH - 8, floor))
     marks += [
         _text(8, height - 6, f"{low:.3g}", "start"),
@@ -54,11 +51,24 @@ def histogram_plot(bars: Histogram, name: str) -> str:
     return _svg("histogram", height, f"Histogram of {name} with its grid's levels", marks)
 
 
+def _levels(levels: Sequence[float], x: Callable[[float], float], floor: float) -> list[str]:
+    """Return a line a level, or where those would merge the span from the first to the last."""
+    many = len(levels) > MANY
+    drawn = (min(levels), max(levels)) if many else levels
+    marks = [
+        f'<line class="level" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="4" y2="{floor + 5}"><title>{v:.4g}</title></line>'
+        for v in drawn
+    ]
+    return (
+        [*marks, _line("level", x(drawn[0]), floor + 3, x(drawn[1]), floor + 3)] if many else marks
+    )
+
+
 def bits_plot(layers: Sequence[LayerRecord]) -> str:
     """Return one bar a layer, divided by the share of rows that have each width."""
     marks: list[str] = []
-    for layer, y in _places(layers):
-        marks += _name(layer, y, f"{layer.bits:.2f} bits")
+    for layer, name, y in _places(layers):
+        marks += _name(name, y, f"{layer.bits:.2f} bits")
         total = sum(layer.rows.values()) or 1
         x = 8.0
         for width, rows in sorted(layer.rows.items()):
@@ -76,10 +86,10 @@ def sqnr_plot(layers: Sequence[LayerRecord]) -> str:
     finite = [layer.sqnr_db for layer in layers if math.isfinite(layer.sqnr_db)]
     most = max([*finite, 1.0])
     marks: list[str] = []
-    for layer, y in _places(layers):
+    for layer, name, y in _places(layers):
         known = not math.isnan(layer.sqnr_db)
         said = "exact" if layer.sqnr_db == math.inf else f"{layer.sqnr_db:.1f} dB"
-        marks += _name(layer, y, said if known else "not recorded")
+        marks += _name(name, y, said if known else "not recorded")
         share = min(max(layer.sqnr_db, 0.0) / most, 1.0) if known else 0.0
         size = max((WIDTH - 16) * share, 1)
         marks.append(_rect("bar", 8, y, size, BAR, f"{layer.name}: {said}"))
@@ -102,9 +112,10 @@ def search_plot(report: QuantizationReport) -> str:
     limit = _limit(before, report)
     scale = _Axes([t.size_bytes for t in trials], [t.value or 0.0 for t in trials], before, limit)
     marks = [*scale.frame(report.monitor or "")]
-    marks += scale.across(before, "float", f"float {before:.4g}")
+    below = limit is not None and limit > before  # the lower of two lines has its words beneath it
+    marks += scale.across(before, "float", f"float {before:.4g}", below)
     if limit is not None:
-        marks += scale.across(limit, "limit", f"limit {limit:.4g}")
+        marks += scale.across(limit, "limit", f"limit {limit:.4g}", not below)
     if report.budget.max_size is not None:
         marks += scale.down(report.budget.max_size)
     path = sorted((t for t in trials if t.what == "rows"), key=lambda t: t.size_bytes)
@@ -141,14 +152,18 @@ class _Axes:
             yield _text(self.left - 6, self.y(tick) + 4, f"{tick:.6g}", "end")
         yield _line("axis", self.left, self.floor, WIDTH - 8, self.floor)
         for tick in ticks(self.small, self.large, 5):
-            yield _text(self.x(tick), self.floor + 18, short_bytes(tick), "middle")
+            at = self.x(tick)
+            anchor = "end" if at > WIDTH - 36 else "middle"
+            yield _text(
+                WIDTH - 8 if anchor == "end" else at, self.floor + 18, short_bytes(tick), anchor
+            )
         yield _text(WIDTH - 8, self.floor + 36, "size of the file", "end")
 
-    def across(self, value: float, kind: str, said: str) -> list[str]:
+    def across(self, value: float, kind: str, said: str, beneath: bool) -> list[str]:
         y = self.y(value)
         return [
             _line(kind, self.left, y, WIDTH - 8, y),
-            _text(self.left + 4, y - 4, said, "start", kind),
+            _text(self.left + 4, y + (14 if beneath else -4), said, "start", kind),
         ]
 
     def down(self, size: int) -> list[str]:
@@ -226,13 +241,15 @@ def _dot(trial: Trial, scale: _Axes, before: float, report: QuantizationReport) 
     return mark + _text(x, y + 20, f"chosen {value:.4g}", anchor, "said")
 
 
-def _places(layers: Sequence[LayerRecord]) -> Iterator[tuple[LayerRecord, float]]:
-    for i, layer in enumerate(layers):
-        yield layer, PITCH * i + 22
+def _places(layers: Sequence[LayerRecord]) -> Iterator[tuple[LayerRecord, str, float]]:
+    """Yield each weight, the part of its name that tells it from the others, and where it is drawn."""
+    names = distinct([layer.name for layer in layers], ends=False)
+    for i, (layer, name) in enumerate(zip(layers, names, strict=True)):
+        yield layer, name if len(layers) > 1 else layer.name, PITCH * i + 22
 
 
-def _name(layer: LayerRecord, y: float, said: str) -> list[str]:
-    name = layer.name if len(layer.name) <= 38 else f"{layer.name[:16]}...{layer.name[-19:]}"
+def _name(full: str, y: float, said: str) -> list[str]:
+    name = full if len(full) <= 38 else f"{full[:16]}...{full[-19:]}"
     return [_text(8, y - 6, name, "start", "said"), _text(WIDTH - 8, y - 6, said, "end")]
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clipquant.quant.codes.weights import LeftInFloat
+from clipquant.report.digits import change_said, sure_said
 from clipquant.report.worries import suspicion, worries
 
 HARMED = "likely harmed"  # begins the note of a weight whose figures say so
@@ -44,11 +45,13 @@ class LayerRecord:
         method: What chose the codes.
         sqnr_db: Signal to quantization noise, 10 log10(sum w^2 / sum (w - w_q)^2), in dB;
             infinite where nothing was lost.
-        bytes: Of its codes, scales and zeros.
+        bytes: Of its codes, scales and zeros in the file.
         note: What the reader should know, such as a fallback.
         sensitivity: Expected increase of the loss by its rounding, where it was estimated.
         rows: Width of a code -> output channels that have it.
         histogram: Of the float weights.
+        coded_bits: What a code takes in the file's entropy code, on average; None: codes are dense.
+        entropy: Of its codes, bits a code, where they are in an entropy code and were looked at.
     """
 
     name: str
@@ -61,6 +64,8 @@ class LayerRecord:
     sensitivity: float | None = None
     rows: Mapping[int, int] = field(default_factory=dict)
     histogram: Histogram | None = None
+    coded_bits: float | None = None
+    entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,14 @@ class Trial:
         value: The monitored metric, where it was measured.
         what: How its bits were given: "rows" or "uniform".
         chosen: Whether it is the one in the file.
+        error: Standard error of its drop, where one is known.
     """
 
     size_bytes: int
     value: float | None = None
     what: str = "rows"
     chosen: bool = False
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +96,18 @@ class Budget:
         max_size: Most bytes of the file.
         trials: Every allocation judged, in order.
         failure: Why a budget was missed; empty where all are met.
+        confidence: How sure it had to be that the true drop is within `max_drop`; None: one standard error.
+        sure: How sure it is, between 0 and 1, as far as the validation data show; None: not known.
+        unsure: Why that is not known; empty where it is.
     """
 
     max_drop: float | None = None
     max_size: int | None = None
     trials: tuple[Trial, ...] = ()
     failure: str = ""
+    confidence: float | None = None
+    sure: float | None = None
+    unsure: str = ""
 
     @property
     def met(self) -> bool:
@@ -132,6 +145,8 @@ class QuantizationReport:
         bits_per_weight: Bits of codes, scales and zeros over the number of quantized weights.
         float_metrics: Validation metrics of the float model.
         quantized_metrics: The same metrics of the quantized model, on the same batches.
+        drop_error: Standard error of the monitored metric's drop, from its differences on disjoint parts of those
+            batches; None: not known.
         monitor: The metric that judges, where there is one.
         mode: Whether that metric is better when smaller ("min") or larger ("max").
         mode_from: Where that is known from, in words, where it was not asked.
@@ -154,6 +169,7 @@ class QuantizationReport:
     bits_per_weight: float
     float_metrics: Mapping[str, float] = field(default_factory=dict)
     quantized_metrics: Mapping[str, float] = field(default_factory=dict)
+    drop_error: float | None = None
     monitor: str | None = None
     mode: str | None = None
     mode_from: str = ""
@@ -180,6 +196,12 @@ class QuantizationReport:
         return None if before is None or after is None else drop_of(before, after, self.mode)
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics, the one that judges first and the others by name."""
+        known = {*self.float_metrics, *self.quantized_metrics}
+        return tuple(sorted(known, key=lambda name: (name != self.monitor, name)))
+
+    @property
     def harmed(self) -> tuple[str, ...]:
         """Names of the weights whose rounding likely harms the network, whatever a metric says."""
         return tuple(layer.name for layer in self.layers if layer.note.startswith(HARMED))
@@ -191,7 +213,10 @@ class QuantizationReport:
             return ""
         named = ", ".join(self.harmed[:3])
         more = f" and {len(self.harmed) - 3} more" if len(self.harmed) > 3 else ""
-        return f"{HARMED}: {named}{more}; use 6 bits or groups (granularity=64)"
+        remedy = (
+            "use 6 bits or groups (granularity=64)" if self.budget is None else "allow more bytes"
+        )
+        return f"{HARMED}: {named}{more}; {remedy}"
 
     @property
     def suspicion(self) -> str:
@@ -208,7 +233,7 @@ class QuantizationReport:
         """Whether the budgets are met, or without any what was gained, in one line."""
         size = f"{self.size_bytes:,} bytes, {ratio_said(self.ratio)}"
         if self.drop is not None:
-            size += f"; {self.monitor} {_change(self.drop)}"
+            size += f"; {self.monitor} {change_said(self.drop, self.drop_error)}"
         size += f"; {self.warning}" if self.warning else ""
         if self.budget is None:
             return f"Not believed: {self.suspicion} ({size})" if self.suspicion else size
@@ -218,7 +243,9 @@ class QuantizationReport:
             return f"Budget not proven: {self.suspicion} ({size})"
         limits = []
         if self.budget.max_drop is not None:
-            limits.append(f"drop at most {self.budget.max_drop:g}")
+            sure = self.budget.sure
+            said = f" ({sure_said(sure)})" if sure is not None else ""
+            limits.append(f"drop at most {self.budget.max_drop:g}{said}")
         if self.budget.max_size is not None:
             limits.append(f"at most {self.budget.max_size:,} bytes")
         return f"Budget met: {' and '.join(limits)} ({size})"
@@ -232,6 +259,8 @@ class QuantizationReport:
         }
         if self.drop is not None:
             own["drop"] = self.drop
+        if self.drop_error is not None:
+            own["drop_error"] = self.drop_error
         if self.budget is not None:
             own["budget_met"] = float(self.budget.met and not self.suspicion)
         return {f"quantized/{k}": float(v) for k, v in {**self.quantized_metrics, **own}.items()}
@@ -281,9 +310,3 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _change(drop: float) -> str:
-    if drop == 0:
-        return "unchanged"
-    return f"{'worse' if drop > 0 else 'better'} by {abs(drop):.4g}"

@@ -52,6 +52,7 @@ def describe(report: QuantizationReport) -> dict[str, Any]:
             after=_stored_metrics(report.quantized_metrics),
             monitor=report.monitor,
             mode=report.mode,
+            drop_error=report.drop_error,
             seed=report.seed,
             calibration=_clipped(report.calibration),
             environment={name: _clipped(said) for name, said in report.environment.items()},
@@ -85,6 +86,7 @@ def report_of(
         quantized_metrics=_metrics(about.after),
         monitor=about.monitor,
         mode=about.mode,
+        drop_error=about.drop_error,
         path=path,
         budget=_read_budget(about.budget, size_bytes),
         environment=about.environment,
@@ -149,17 +151,28 @@ def _budget(budget: Budget | None) -> StoredBudget | None:
             None if t.value is None or not math.isfinite(t.value) else float(t.value),
             t.what,
             t.chosen,
+            t.error,
         )
         for t in budget.trials
     )
-    return StoredBudget(budget.max_drop, budget.max_size, _clipped(budget.failure), tuple(trials))
+    return StoredBudget(
+        budget.max_drop,
+        budget.max_size,
+        _clipped(budget.failure),
+        tuple(trials),
+        budget.confidence,
+        budget.sure,
+        _clipped(budget.unsure),
+    )
 
 
 def _read_budget(held: StoredBudget | None, size_bytes: int) -> Budget | None:
     if held is None:
         return None
     trials = tuple(
-        Trial(size_bytes if t.chosen else t.size_bytes, t.value, t.what, t.chosen)
+        Trial(size_bytes if t.chosen else t.size_bytes, t.value, t.what, t.chosen, t.error)
         for t in held.trials
     )
-    return Budget(held.max_drop, held.max_size, trials, held.failure)
+    return Budget(
+        held.max_drop, held.max_size, trials, held.failure, held.confidence, held.sure, held.unsure
+    )

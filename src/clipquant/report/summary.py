@@ -7,19 +7,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from clipquant.report.digits import pair, size
+from clipquant.quant.codes.trained import METHOD
+from clipquant.report.digits import change_said, measured, pair, size
 from clipquant.report.plots import counted
 from clipquant.report.record import QuantizationReport, drop_of, ratio_said
 from clipquant.report.text import escape
 
 HEADER = ("", "float", "quantized", "change")
+_WAYS = {"rows": "bits for each row", "trained": "as trained"}
 SEARCH_HEADER = ("tried", "bytes", "metric", "drop", "")
 
 
 def figures_of(report: QuantizationReport) -> list[tuple[str, ...]]:
     """Return the rows (what, float, quantized, change): the metric that judges first, then sizes."""
-    names = sorted(report.float_metrics, key=lambda name: name != report.monitor)
-    rows = [_metric_row(report, name) for name in names]
+    rows = [_metric_row(report, name) for name in report.metric_names]
     if not rows:
         rows = [("metric", "-", "-", "not judged")]
     sizes = (f"{report.float_bytes:,}", f"{report.size_bytes:,}")
@@ -32,7 +33,9 @@ def figures_of(report: QuantizationReport) -> list[tuple[str, ...]]:
 
 
 def _metric_row(report: QuantizationReport, name: str) -> tuple[str, ...]:
-    before, after = report.float_metrics[name], report.quantized_metrics.get(name, math.nan)
+    before, after = (
+        metrics.get(name, math.nan) for metrics in (report.float_metrics, report.quantized_metrics)
+    )
     label = f"{name} (monitored)" if name == report.monitor else name
     return label, *pair(before, after), _change(report, name, before, after)
 
@@ -42,12 +45,11 @@ def _change(report: QuantizationReport, name: str, before: float, after: float) 
     change = after - before
     if not math.isfinite(change):
         return "-"
-    if change == 0:
+    if change == 0 and (name != report.monitor or not report.drop_error):
         return "unchanged"
     if name != report.monitor or report.mode is None:
         return f"{change:+.2g}"
-    drop = drop_of(before, after, report.mode)
-    return f"{'worse' if drop > 0 else 'better'} by {abs(drop):.2g}"
+    return change_said(drop_of(before, after, report.mode), report.drop_error, digits=2)
 
 
 def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
@@ -58,8 +60,9 @@ def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
         value, drop = "-", "-"
         if trial.value is not None:
             value = f"{trial.value:.4g}"
-            drop = "-" if before is None else f"{drop_of(before, trial.value, report.mode):.2g}"
-        what = "bits for each row" if trial.what == "rows" else "one width for all"
+            lost = None if before is None else drop_of(before, trial.value, report.mode)
+            drop = "-" if lost is None else measured(lost, trial.error, 2)
+        what = _WAYS.get(trial.what, "one width for all")
         rows.append((what, f"{trial.size_bytes:,}", value, drop, "chosen" if trial.chosen else ""))
     return rows
 
@@ -76,6 +79,8 @@ def closing(report: QuantizationReport, said: Sequence[str] = ()) -> Iterator[st
         yield f"{report.monitor} judges: {way} is better, {report.mode_from}."
     if not report.float_metrics:
         yield "Not judged: there was nothing to judge by, so what the rounding costs is not known."
+    if any(layer.method == METHOD for layer in report.layers):
+        yield "Trained with these codes: what stands under float is the trained network, which computed with them."
     told = bool(report.budget and report.budget.failure and report.budget.failure in " ".join(said))
     if report.budget is not None and not told and not report.suspicion:
         yield report.verdict

@@ -20,6 +20,7 @@ def worries(report: QuantizationReport) -> tuple[str, ...]:
         if report.budget is None or report.budget.met
         else f"Budget missed: {report.budget.failure}.",
         boundless(report),
+        unsure(report),
         larger(report),
         report.warning,
         *_exports(report),
@@ -47,6 +48,15 @@ def suspicion(report: QuantizationReport) -> str:
         "takes for a gain. That is more than rounding weights can explain: check mode, and that validation gives the "
         "same each time"
     )
+
+
+def unsure(report: QuantizationReport) -> str:
+    """Return that a drop is kept as measured alone, without its chance being known; empty where that is known."""
+    budget = report.budget
+    if budget is None or not budget.met or not budget.unsure:
+        return ""
+    asked = "" if budget.confidence is None else f", not confidence={budget.confidence:g}"
+    return f"max_drop is kept by the drop measured{asked}: {budget.unsure}"
 
 
 def boundless(report: QuantizationReport) -> str:

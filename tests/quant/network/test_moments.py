@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+import clipquant.quant.network.moments as measured
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import select
 from clipquant.quant.network.moments import observe
+from clipquant.quant.network.patches import patches, positions_of
 from clipquant.quant.network.twin import Twin
 
 
@@ -59,3 +61,32 @@ def test_quiet_inputs_count_as_much_as_loud_ones():
     assert moments(layer, [batch * size for batch in batches]).noise == pytest.approx(
         plain, rel=1e-3
     )
+
+
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(2, 4, 5, 3, 2), (2, 23)),
+    "same": (nn.Conv1d(2, 4, 4, 1, "same"), (2, 23)),
+    "dilated": (nn.Conv2d(2, 4, (3, 2), 2, 1, (2, 1), 2), (2, 9, 11)),
+    "transposed": (nn.ConvTranspose2d(2, 4, 3, 2, 1, 1, dilation=2), (2, 5, 6)),
+    "linear": (nn.Linear(7, 4), (3, 7)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_positions_are_counted_without_unfolding_them(kind):
+    layer, shape = CONVOLUTIONS[kind]
+    target, value = select(layer).targets[0], torch.randn(3, *shape)
+    assert positions_of(target, value) == sum(p.shape[1] for p in patches(target, value))
+    assert positions_of(target, value[0]) == sum(p.shape[1] for p in patches(target, value[0]))
+
+
+def test_positions_are_taken_by_need_and_from_every_batch(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(measured, "_ELEMENTS", 64 * 1000)
+    layer = nn.Conv1d(8, 2, 8)
+    batches = [torch.full((20, 8, 107), float(i)) for i in range(4)]  # 8,000 positions
+    found = moments(layer, batches)
+    assert 1000 / 1.2 < found.count <= 1000
+    assert torch.allclose(found.hessian, torch.full((1, 64, 64), (0 + 1 + 4 + 9) / 4), rtol=1e-3)
+    few = [batch[:2] for batch in batches]  # 800: all are needed
+    assert moments(layer, few).count == 800

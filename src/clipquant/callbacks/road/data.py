@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -15,6 +16,7 @@ from clipquant.callbacks.lightning import package_of
 from clipquant.callbacks.road.nested import nested_trainer
 from clipquant.callbacks.road.ranks import alone
 from clipquant.callbacks.road.road import Road
+from clipquant.callbacks.road.silence import OF_OTHERS
 from clipquant.quant.network.state import seeded
 
 Mode = Literal["sequential", "max_size_cycle"]
@@ -35,6 +37,29 @@ class Listed:
             if self.ended:
                 return
             yield self.batches[number]
+
+
+class Portion:
+    """A dataloader in consecutive parts: each iteration goes on where the one before has stopped.
+
+    Args:
+        loader: The dataloader.
+        count: Its batches, as far as they are used.
+        parts: How many parts.
+    """
+
+    def __init__(self, loader: Any, count: int, parts: int) -> None:
+        self.loader, self.part = loader, 0
+        self.ends = [count * part // parts for part in range(parts + 1)]
+        self._batches: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return self.ends[self.part + 1] - self.ends[self.part]
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._batches is None:
+            self._batches = iter(self.loader)
+        yield from islice(self._batches, len(self))
 
 
 def validation_loaders(road: Road) -> Any:
@@ -106,7 +131,9 @@ def kept_generators(road: Road, loaders: Any) -> Iterator[None]:
 def combined(trainer: pl.Trainer, loaders: Any, mode: str) -> Any:
     """Return loaders as one: the user's own CombinedLoader, or one of a mode."""
     kind = package_of(trainer).utilities.CombinedLoader
-    return loaders if isinstance(loaders, kind) else kind(loaders, mode)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=OF_OTHERS)
+        return loaders if isinstance(loaders, kind) else kind(loaders, mode)
 
 
 def batches_of(road: Road, stage: str, count: int, mode: Mode) -> list[Any]:

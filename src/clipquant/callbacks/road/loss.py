@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipquant.callbacks.road.calibration import Prepared, run_prepared
+from clipquant.callbacks.road.parts import samples_of
 from clipquant.quant.network.outputs import tensors_of
 from clipquant.quant.widths.sensitivity import output_divergence
 
@@ -52,20 +53,6 @@ def training_loss(guest: Any, batch: Any) -> tuple[Tensor, int]:
     if not isinstance(value, Tensor) or not value.requires_grad:
         raise TypeError("returned no loss with a gradient")
     return value, max(samples_of(batch), 1)
-
-
-def samples_of(batch: Any) -> int:
-    """Return the length of the first tensor in a batch.
-
-    >>> samples_of({"x": [torch.ones(3, 2)]})
-    3
-    """
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    items = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(items, (str, bytes)) or not hasattr(items, "__iter__"):
-        return 0
-    return next((n for n in map(samples_of, items) if n), 0)
 
 
 def _outputs(guest: nn.Module, prepared: Prepared) -> Any:

@@ -15,6 +15,7 @@ from clipquant.callbacks.lightning import is_overridden
 from clipquant.callbacks.road.guest import guest_of
 from clipquant.callbacks.road.logged import Nature, natures_of
 from clipquant.callbacks.road.nested import nested_trainer
+from clipquant.callbacks.road.parts import Recorder
 from clipquant.callbacks.road.ranks import alone
 from clipquant.callbacks.road.silence import Silence, silently
 from clipquant.quant.network.calibration import Progress, call_model
@@ -68,6 +69,7 @@ class Road:
         limit: Any = 1.0,
         what: str = "",
         hooks: bool = True,
+        recorder: Recorder | None = None,
     ) -> dict[str, float]:
         """Return what a validation of the guest logs.
 
@@ -78,6 +80,7 @@ class Road:
             limit: As `limit_val_batches`.
             what: What is being done, told before each batch; empty: nothing is told.
             hooks: Whether batches go through the hooks of transfer; those that did so already do not.
+            recorder: Told what each step has logged.
         """
         with ExitStack() as stack:
             stack.enter_context(seeded(0))
@@ -85,14 +88,30 @@ class Road:
             stack.enter_context(alone())
             stack.enter_context(kept(self.guest))
             trainers: list[pl.Trainer] = []
-            self._lay_(step, hooks, self._counter(what, trainers))
+            after = self._noting(recorder, trainers)
+            self._lay_(step, hooks, self._counter(what, trainers), after)
             inner = stack.enter_context(
                 nested_trainer(self.trainer, self.silence, limit=limit, hooks=hooks)
             )
             trainers.append(inner)
             inner.validate(self.guest, dataloaders=loaders, verbose=False)
             self.natures.update(natures_of(inner))
-            return {name: float(value) for name, value in inner.callback_metrics.items()}
+            metrics = {name: float(value) for name, value in inner.callback_metrics.items()}
+            if recorder is not None:
+                recorder.end_(metrics, inner.num_val_batches)
+            return metrics
+
+    def _noting(
+        self, recorder: Recorder | None, trainers: list[pl.Trainer]
+    ) -> Callable[[int, Any], None]:
+        """Return what shows a recorder, after each step, what has been logged so far."""
+
+        def note(number: int, batch: Any) -> None:
+            if recorder is not None:
+                results = getattr(trainers[-1].validate_loop, "_results", None)
+                recorder.note_(results, number, batch)
+
+        return note
 
     def _counter(self, what: str, trainers: list[pl.Trainer]) -> Callable[[int], None]:
         """Return what tells, before each batch, how many are done of how many."""
@@ -104,7 +123,13 @@ class Road:
 
         return count
 
-    def _lay_(self, step: Step | None, hooks: bool, count: Callable[[int], None]) -> None:
+    def _lay_(
+        self,
+        step: Step | None,
+        hooks: bool,
+        count: Callable[[int], None],
+        note: Callable[[int, Any], None],
+    ) -> None:
         """Put what is done with a batch in the place of the guest's `validation_step`."""
         guest = self.guest
         own = silently(guest.validation_step if self.by_step else functools.partial(_call, guest))
@@ -122,7 +147,9 @@ class Road:
         def validation_step(*args: Any) -> Any:
             place = next(number)
             count(place)
-            return step(place, own, args)
+            returned = step(place, own, args)
+            note(place, args[0] if args else None)
+            return returned
 
         if self.has_step:
             functools.update_wrapper(validation_step, own)

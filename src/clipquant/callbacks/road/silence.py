@@ -22,7 +22,12 @@ _TALKERS = (
     "pytorch_lightning.utilities.rank_zero",
     "pytorch_lightning.accelerators.cuda",
 )
-_USELESS = (  # advice on loaders that the fit has given already
+OF_OTHERS = (
+    ".*LeafSpec.*is deprecated.*"  # Lightning calls what torch has renamed; the fit has said so
+)
+_USELESS = (
+    OF_OTHERS,
+    # Advice on loaders that the fit has given already.
     ".*does not have many workers.*",
     ".*infer the `batch_size`.*",
     ".*Total length of .* across ranks is zero.*",

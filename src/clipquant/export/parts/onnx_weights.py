@@ -104,7 +104,7 @@ def _place(form: StoredWeight, tensor: QuantizedTensor, *, blocks: bool) -> Stor
         return _replace(form, codes=codes, per_group=True, **flat)
     one = tensor.scale.numel() == 1
     flat = {k: v.reshape(() if one else -1) for k in _PARTS if (v := getattr(form, k)) is not None}
-    if one or layout.axis == 0 or layout.groups == 1:
+    if one or layout.axis == 0 or (layout.groups == 1 and not layout.stacked):
         codes = layout.unfold(form.codes)
         return _replace(form, codes=codes, axis=None if one else layout.axis, **flat)
     return _replace(form, **flat)
@@ -244,6 +244,11 @@ def _cut(emit: Emitter, matrix: ir.Value, width: int, columns: int) -> ir.Value:
 def _unfold(emit: Emitter, matrix: ir.Value, tensor: QuantizedTensor) -> ir.Value:
     """Return the (rows, columns) matrix as the weight, as `Layout.unfold` does."""
     layout = tensor.layout
+    if layout.axis == -1:
+        turned = [*layout.shape[:-2], layout.shape[-1], layout.shape[-2]]
+        matrix = emit.op("Reshape", [matrix, emit.shape("turned_shape", turned)])
+        order = [*range(len(turned) - 2), len(turned) - 1, len(turned) - 2]
+        return emit.op("Transpose", [matrix], perm=order)
     if layout.axis == 1:
         sizes = [layout.groups, layout.shape[1], layout.shape[0] // layout.groups]
         sizes += layout.shape[2:]
@@ -268,5 +273,5 @@ def keeps_codes(tensor: QuantizedTensor) -> bool:
     """Return whether an int8 file can hold exactly the artifact's codes of a weight."""
     if isinstance(tensor.bits, Tensor) or tensor.bits != 8:
         return False
-    narrow = tensor.symmetric and tensor.levels == 254
+    narrow = tensor.symmetric and tensor.levels == 254 and not tensor.layout.stacked
     return narrow and tensor.scale.shape[1] == 1 and tensor.layout.groups == 1

@@ -261,7 +261,7 @@ def wide_grid(
     top = torch.as_tensor(grid.levels, device=scale.device).reshape(-1).expand(rows)
     if grid.zero is not None:
         return scale, wide(grid.zero), top.to(dtype)
-    zero = torch.as_tensor(symmetric_zero(top)).to(dtype)
+    zero = torch.as_tensor(symmetric_zero(top), device=top.device).to(dtype)
     return scale, zero.expand(columns, rows), top.to(dtype)
 
 

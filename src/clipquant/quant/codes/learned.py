@@ -67,7 +67,8 @@ class Rounding:
 
     def leaves(self) -> Iterator[tuple[float, Tensor]]:
         """Yield what is learned, each with its rate: the same share of the range at every width."""
-        codes = int(torch.as_tensor(self.grid.levels).max()) + 1
+        levels = self.grid.levels
+        codes = (levels if isinstance(levels, int) else int(levels.max())) + 1
         yield _OFFSET_RATE / codes, self.offset
         yield _GRID_RATE / codes, self.stretch
         if self.shift is not None:
@@ -98,7 +99,7 @@ class Rounding:
 
     def _zero(self) -> Tensor:
         if self.grid.zero is None:
-            middle = torch.as_tensor(symmetric_zero(self.grid.levels))
+            middle = torch.as_tensor(symmetric_zero(self.grid.levels), device=self.position.device)
             return middle.to(self.position).expand(len(self.position), 1)
         zero = self.grid.zero.float()
         return _wide(zero if self.shift is None else zero + self.shift, self.grid, self.position)

@@ -103,9 +103,10 @@ def recentre(grid: Grid, dtype: torch.dtype, constant: Tensor) -> Grid:
 def _shift(exact: Grid, rounded: Grid, constant: Tensor) -> float:
     """Return by how many steps an end of a range moves at most; infinite where a value is lost."""
     ratio = rounded.scale.double() / exact.scale
-    steps = torch.as_tensor(exact.levels, dtype=torch.float64)
+    device = ratio.device
+    steps = torch.as_tensor(exact.levels, dtype=torch.float64, device=device)
     if exact.zero is None or rounded.zero is None:
-        zero = torch.as_tensor(symmetric_zero(exact.levels), dtype=torch.float64)
+        zero = torch.as_tensor(symmetric_zero(exact.levels), dtype=torch.float64, device=device)
         moved = (ratio - 1).abs() * torch.maximum(zero, steps - zero)
     else:
         low, high = -exact.zero, steps - exact.zero

@@ -27,7 +27,7 @@ def check_bits(bits: Any, *, least: int = 1) -> int:
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= MAX_BITS:
         raise ArgumentError(
-            f"bits must be a whole number from {least} to {MAX_BITS}; got {bits!r}. "
+            f"bits must be a whole number from {least} to {MAX_BITS}; got {bits!r}. {_unquoted(bits)}"
             "Use 8 for the widest grid, or bits='auto' with max_drop or max_size to have it chosen."
         )
     return bits
@@ -109,5 +109,10 @@ def _check_granularity(granularity: Any) -> None:
     if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
         raise ArgumentError(
             "granularity must be 'tensor', 'channel' or a group size of 1 or more weights; "
-            f"got {granularity!r}. 'channel' is the usual choice."
+            f"got {granularity!r}. {_unquoted(granularity)}'channel' is the usual choice."
         )
+
+
+def _unquoted(value: Any) -> str:
+    """Return what to do about a number that is given as text."""
+    return "Leave out the quotes. " if isinstance(value, str) and value.strip().isdigit() else ""

@@ -97,11 +97,11 @@ class Latent:
 
     def _grid(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero as they will be stored, as part of a graph."""
-        scale = _stored(self.grid.scale, factor=self.stretch.exp())
+        scale = stored(self.grid.scale, factor=self.stretch.exp())
         if self.grid.zero is None or self.shift is None:
             middle = torch.as_tensor(symmetric_zero(self.grid.levels), device=scale.device)
             return scale, middle.float().reshape(-1, 1)
-        return scale, _stored(self.grid.zero, term=self.shift)
+        return scale, stored(self.grid.zero, term=self.shift)
 
 
 class _Straight(torch.autograd.Function):
@@ -124,7 +124,7 @@ class _Straight(torch.autograd.Function):
         return through, of_scale, of_zero, None
 
 
-def _stored(first: Tensor, *, factor: Tensor | float = 1.0, term: Tensor | float = 0.0) -> Tensor:
+def stored(first: Tensor, *, factor: Tensor | float = 1.0, term: Tensor | float = 0.0) -> Tensor:
     """Return `first * factor + term` rounded to the dtype of `first`, which is passed straight through."""
     wide = first.to(torch.promote_types(first.dtype, torch.float32)) * factor + term
     return wide + (wide.to(first.dtype) - wide).detach()

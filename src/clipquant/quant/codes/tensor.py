@@ -21,6 +21,7 @@ class QuantizedTensor:
         layout: How the matrix folds back into the weight.
         dtype: Floating dtype of the weight.
         method: Name of the method that chose the codes.
+        stream: Its codes as `entropy.encode` gives them, where a file is to hold them so; None: dense.
     """
 
     coded: Coded
@@ -28,6 +29,7 @@ class QuantizedTensor:
     layout: Layout
     dtype: torch.dtype
     method: str = "rtn"
+    stream: Tensor | None = None
 
     @property
     def codes(self) -> Tensor:

@@ -51,9 +51,11 @@ def kept_zeros(coded: Coded, matrix: Tensor) -> Coded:
     """
     grid, zeros = coded.grid, matrix == 0
     if grid.zero is None:
-        middle = torch.as_tensor(symmetric_zero(grid.levels), dtype=torch.uint8)
+        middle = torch.as_tensor(
+            symmetric_zero(grid.levels), dtype=torch.uint8, device=grid.scale.device
+        )
         return replace(coded, codes=torch.where(zeros, middle, coded.codes))
-    top = torch.as_tensor(grid.levels, dtype=grid.zero.dtype)
+    top = torch.as_tensor(grid.levels, dtype=grid.zero.dtype, device=grid.zero.device)
     moved = replace(grid, zero=grid.zero.round().clamp(min=0).minimum(top))
     found = Coded(quantize_rows(matrix, moved), moved)
     lost = (zeros & (coded.values() != 0)).any(1)

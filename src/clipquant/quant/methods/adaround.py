@@ -213,8 +213,8 @@ class _Network:
 
 def _shuffled(batches: int, steps: int) -> Sequence[int]:
     """Return the numbers of the batches in an order drawn anew for each pass, `steps` in all."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     order: list[int] = []
     while len(order) < steps:
-        order += reversed(torch.randperm(batches, generator=generator).tolist())
+        order += reversed(torch.randperm(batches, generator=generator, device="cpu").tolist())
     return order[:steps]

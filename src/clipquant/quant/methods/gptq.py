@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -14,7 +15,7 @@ from clipquant.quant.codes.ranges import mse_grid, plain_rounding, shrunk_grid
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.error.descent import SWEEPS, refine
 from clipquant.quant.error.output_error import DAMPING, OutputError, best_of, varying
-from clipquant.quant.error.walk import Walk, gptq_codes, plan_walk
+from clipquant.quant.error.walk import Walk, plan_walk, walk_all
 from clipquant.quant.methods.base import Found, Method, Problem
 from clipquant.quant.methods.layerwise import Layer, layer_by_layer
 from clipquant.quant.network.moments import Moments
@@ -58,7 +59,7 @@ class Gptq(Method):
         """Return a layer's codes, and what chose them: "rtn" where nothing did better."""
         moments, spec = layer.moments, layer.spec
         groups = moments.hessian.shape[0]
-        if moments.hessian.dim() == 2:
+        if moments.hessian.dim() == 2 and moments.inputs is None:
             return diagonal_codes(layer.matrix, spec, moments)
         if spec.granularity == "tensor" and groups > 1:
             return Coded.nearest(layer.matrix, mse_grid(layer.matrix, spec)), "mse"
@@ -81,7 +82,7 @@ class Gptq(Method):
             best = walk.weights
             wanted = worthwhile(matrix, best, rows.apart)
             walk, damped = walk.towards(wanted), damped.towards(wanted, best)
-        weight = rows.shown.hessian.diagonal()
+        weight = rows.shown.diagonal()
         first, _ = best_of(damped, self._walks(matrix, spec, walk, weight, start))
         return rows.best(matrix, spec, refine(damped, first, self.sweeps))
 
@@ -96,8 +97,7 @@ class Gptq(Method):
         if start is not None:
             yield start
             grids.append(start.grid)
-        for grid in grids:
-            yield gptq_codes(walk, grid)
+        yield from walk_all(walk, grids)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class _Rows:
         rtn = plain_rounding(matrix, spec)
         judge = self.shown if self.apart is None else self.apart
         bound = self.shown.of(rtn)
-        best, least, plain = rtn, judge.of(rtn), torch.ones(len(matrix), dtype=torch.bool)
+        best, least, plain = rtn, judge.of(rtn), torch.ones_like(bound, dtype=torch.bool)
         for coded in (Coded.nearest(matrix, mse_grid(matrix, spec)), fitted):
             error = judge.of(coded)
             better = coded.takes((error < least) & (self.shown.of(coded) <= bound))
@@ -158,9 +158,9 @@ def worthwhile(matrix: Tensor, wanted: Tensor, apart: OutputError) -> Tensor:
     tensor([[1.2000]])
     """
     change = wanted - matrix
-    curve = float(((change @ apart.hessian) * change).sum())
-    fall = float((apart.slope(matrix) * change).sum())
-    share = min(max(-fall / curve, 0.0), 1.0) if curve > 0 else 0.0
+    curve = (apart.product(change) * change).sum()
+    fall = (apart.slope(matrix) * change).sum()
+    share = torch.where(curve > 0, -fall / curve, 0.0).clamp(0, 1)
     return matrix + share * change
 
 
@@ -183,12 +183,15 @@ def diagonal_codes(matrix: Tensor, spec: QuantSpec, moments: Moments) -> tuple[C
 def output_error_of(moments: Moments, group: int, centred: bool) -> OutputError:
     """Return the output error of a group of rows, its mean left out if a bias takes that up."""
     hessian, goal, energy = moments.hessian[group], moments.goal[group], moments.energy[group]
+    inputs = None if moments.inputs is None else moments.inputs[group]
     if not centred:
-        return OutputError(hessian, goal, energy)
+        return OutputError(hessian, goal, energy, inputs)
     mean, output = moments.mean[group], moments.output[group]
-    moving = varying(hessian, mean)
-    return OutputError(
-        (hessian - torch.outer(mean, mean)) * torch.outer(moving, moving),
-        (goal - torch.outer(output, mean)) * moving,
-        energy - output.square(),
-    )
+    goal, energy = goal - torch.outer(output, mean), energy - output.square()
+    if inputs is not None:
+        moving = varying(inputs.square().sum(0), mean)
+        inputs = (inputs - mean / math.sqrt(moments.count)) * moving
+        return OutputError(hessian, goal * moving, energy, inputs)
+    moving = varying(hessian.diagonal(), mean)
+    hessian = (hessian - torch.outer(mean, mean)) * torch.outer(moving, moving)
+    return OutputError(hessian, goal * moving, energy)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TypeAlias
 
@@ -15,8 +16,10 @@ from clipquant.quant.codes.paths import parameter_at
 from clipquant.quant.codes.ranges import mse_grid
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.methods.base import Found, Problem, matrix_of, weight_of
+from clipquant.quant.network.devices import moved, with_room
 from clipquant.quant.network.layers import Target, bias_of, check_finite, is_lookup
 from clipquant.quant.network.moments import Moments, observe
+from clipquant.quant.network.replay import Replay, parts_of
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.network.watches import Use, uses, watches_of
 
@@ -91,13 +94,36 @@ class _Run:
         for name, target in own.items():
             if name not in seen:
                 self._solve_free_(target, _why_free(problem.model, target))
-        steps = list(_steps(own, seen))
-        for number, group in enumerate(steps):
-            calibration.tell(group[0].name, number, len(steps))
-            moments = observe((self.exact, self.rounded), group, calibration, hold_apart=True)
+        steps, again = _steps(own, seen)
+        names = [[target.name for target in group] for group in steps]
+        replay = parts_of(problem.model, calibration, names)
+        if not replay.parts:
+            steps = _merged(steps)
+        replay.settle_([name for name in own if name not in seen])
+        whole = len(steps) + len(again)
+        for number, group in enumerate([*steps, *again]):
+            calibration.tell(group[0].name, number, whole)
+            if number == len(steps):  # from here on weights change that others have been fitted to
+                replay.off_()
+            moments = self._observed(group, replay)
             for target in group:
                 self._solve_(target, moments[target.name])
+            replay.settle_([target.name for target in group])
         return Found(self.codes, self.methods, self.biases, self.notes)
+
+    def _observed(self, group: list[Target], replay: Replay) -> dict[str, Moments]:
+        """Return the moments of some weights; what goes wrong in a replay is done again without."""
+        twins = self.exact, self.rounded
+        observed = partial(observe, twins, group, self.problem.data, hold_apart=True, few=True)
+        if replay.parts:
+            try:
+                return observed(replay=replay)
+            except Exception:  # whatever user code makes of zeros
+                replay.off_()
+        found, said = with_room(lambda where: observed(sums_on=where), group[0].weight.device)
+        for target in group if said else ():
+            self._note_(target, said)
+        return found
 
     def _solve_free_(self, target: Target, why: str) -> None:
         matrix = matrix_of(target)
@@ -108,12 +134,20 @@ class _Run:
     def _solve_(self, target: Target, moments: Moments) -> None:
         model, matrix = self.problem.model, matrix_of(target)
         bias = bias_of(model, target)
-        if moments.hessian.dim() == 2:
+        if moments.hessian.dim() == 2 and moments.inputs is None:
             self._note_(target, "inputs' second moments too large: their diagonal alone")
         if is_lookup(model, target):
             moments, bias = _with_lookup(moments, matrix), None
         spec, start = self.problem.specs[target.name], self.codes.get(target.name)
-        coded, method = self.code(Layer(matrix, spec, moments, bias is not None, start))
+        layer = moved(Layer(matrix, spec, moments, bias is not None, start), moments.goal.device)
+
+        def compute(where: torch.device | None) -> tuple[Coded, str]:
+            coded, method = self.code(layer if where is None else moved(layer, where))
+            return moved(coded, matrix.device), method
+
+        (coded, method), said = with_room(compute, matrix.device)
+        if said:
+            self._note_(target, said)
         self._put_(target, coded, method)
         if bias is not None:
             self._correct_(target, bias, coded, moments)
@@ -130,16 +164,18 @@ class _Run:
         path = target.name.removesuffix(target.attribute) + bias
         old = parameter_at(self.problem.model, path)
         values = coded.values().reshape(moments.goal.shape)
-        mean, output = moments.means()
+        mean, output = (part.to(values.device) for part in moments.means())
         shift = output - torch.einsum("grc,gc->gr", values, mean)
         self.biases[path] = (old + shift.reshape(-1)).to(old.dtype).detach()
         self.rounded.hold_({path: self.biases[path]})
 
 
-def _steps(own: Mapping[str, Target], seen: Mapping[str, Use]) -> Iterator[list[Target]]:
-    """Yield the weights observed in one pass, in order of use: those that share an input together.
+def _steps(
+    own: Mapping[str, Target], seen: Mapping[str, Use]
+) -> tuple[list[list[Target]], list[list[Target]]]:
+    """Return the weights solved after one pass each, in order of use, and those that are solved again.
 
-    Weights used more than once come again at the end.
+    Weights that share an input are solved together, and those used more than once come again.
     """
     order = sorted(seen, key=lambda name: seen[name].order)
     groups: list[list[Target]] = []
@@ -148,13 +184,14 @@ def _steps(own: Mapping[str, Target], seen: Mapping[str, Use]) -> Iterator[list[
             groups[-1].append(own[name])
         else:
             groups.append([own[name]])
+    again = [[t for t in group if seen[t.name].calls > 1] for group in _merged(groups)]
+    return groups, [group for group in again if group]
+
+
+def _merged(groups: list[list[Target]]) -> list[list[Target]]:
+    """Return the groups with so many neighbours together that all take no more than `MOST_PASSES`."""
     size = max(-(-len(groups) // MOST_PASSES), 1)
-    merged = [list(chain(*groups[i : i + size])) for i in range(0, len(groups), size)]
-    yield from merged
-    for group in merged:
-        again = [t for t in group if seen[t.name].calls > 1]
-        if again:
-            yield again
+    return [list(chain(*groups[i : i + size])) for i in range(0, len(groups), size)]
 
 
 def _why_free(model: nn.Module, target: Target) -> str:

@@ -16,12 +16,9 @@ from clipquant.errors import ArgumentError
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.paths import submodule
 from clipquant.quant.codes.weights import LeftInFloat, check_storable
+from clipquant.quant.network.kinds import REBUILT, layouts
 
-_Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_Weighted = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.EmbeddingBag)
-_Recurrent = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 Globs: TypeAlias = Iterable[str] | None
 
@@ -117,7 +114,7 @@ def weights_of(model: nn.Module) -> Iterator[Target]:
     """Yield every weight of every layer kind that can be quantized, with its layout."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for attribute, layout in _layouts(module):
+        for attribute, layout in layouts(module):
             yield Target(prefix + attribute, module, attribute, layout)
 
 
@@ -133,32 +130,8 @@ def unknown_weights(model: nn.Module) -> Iterator[Target]:
             name = f"{path}.{attribute}" if path else attribute
             if parameter is None or name in known or is_lazy(parameter):
                 continue
-            if parameter.dim() >= 2 and not name.endswith(("_orig", "_g", "_v")):
+            if parameter.dim() >= 2 and not name.endswith(REBUILT):
                 yield Target(name, module, attribute, Layout(tuple(parameter.shape)))
-
-
-def _layouts(module: nn.Module) -> Iterator[tuple[str, Layout]]:
-    own = {n: p for n, p in module._parameters.items() if p is not None and not is_lazy(p)}
-    if _is_conv1d_of_transformers(module) and own.get("weight") is not None:
-        yield "weight", Layout(tuple(module.weight.shape), 1)  # type: ignore[arg-type]
-    elif isinstance(module, _Transposed) and own.get("weight") is not None:
-        yield "weight", Layout(tuple(module.weight.shape), 1, module.groups)
-    elif isinstance(module, _Weighted) and own.get("weight") is not None:
-        yield "weight", Layout(tuple(module.weight.shape))
-    elif isinstance(module, nn.MultiheadAttention):
-        names: Iterable[str] = _ATTENTION
-        yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
-    elif isinstance(module, _Recurrent):
-        names = [name for name in own if name.startswith(("weight_ih", "weight_hh", "weight_hr"))]
-        yield from ((n, Layout(tuple(p.shape))) for n in names if (p := own.get(n)) is not None)
-
-
-def _is_conv1d_of_transformers(module: nn.Module) -> bool:
-    """Return whether a layer is GPT-2's: a Linear whose weight is (in, out), known without its package."""
-    return any(
-        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-        for kind in type(module).__mro__
-    )
 
 
 def tied_keys(state: dict[str, Tensor]) -> dict[str, str]:
@@ -168,7 +141,8 @@ def tied_keys(state: dict[str, Tensor]) -> dict[str, str]:
     for name, tensor in state.items():
         if tensor.numel() == 0:
             continue
-        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = tensor.data_ptr() or id(tensor)  # on "meta" there is no storage to share
+        where = (place, tensor.shape, tensor.stride(), tensor.dtype)
         if first.setdefault(where, name) != name:
             aliases[name] = first[where]
     return aliases
@@ -235,10 +209,17 @@ def _why_unknown(name: str, tensor: Tensor, model: nn.Module) -> str:
     path, _, leaf = name.rpartition(".")
     if ".parametrizations." in f".{path}.":
         return "parametrized: remove_parametrizations() first, then it is a plain weight"
-    if leaf.endswith(("_g", "_v", "_orig")):
+    if (
+        leaf.endswith("_mask")
+        and f"{leaf.removesuffix('_mask')}_orig" in submodule(model, path)._parameters
+    ):
+        return "a mask of pruning: prune.remove() first, then it is gone"
+    if leaf.endswith(REBUILT):
         owner = submodule(model, path)
         if owner._forward_pre_hooks or parametrize.is_parametrized(owner):
-            return "rebuilt before each forward (weight or spectral norm): remove the norm first"
+            return (
+                "rebuilt before each forward (pruning, weight or spectral norm): remove that first"
+            )
     if tensor.dim() < 2:
         return "bias, normalization or other vector"
     kind = type(submodule(model, path)).__name__
@@ -250,8 +231,8 @@ def _nothing(left: list[LeftInFloat], include: Globs, exclude: Globs) -> str:
         "; ".join(f"{item.name} ({item.why})" for item in left[:5]) or "no floating tensor at all"
     )
     return (
-        "the model has no weight to quantize: Conv, ConvTranspose, Linear, Embedding, attention "
-        f"and recurrent weights are; got include={include}, exclude={exclude} and {kept}. "
+        "the model has no weight to quantize: Conv, ConvTranspose, Linear, Bilinear, Embedding, attention, "
+        f"recurrent and stacked experts' weights are; got include={include}, exclude={exclude} and {kept}. "
         "Widen include or narrow exclude."
     )
 

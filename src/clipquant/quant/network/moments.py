@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,105 +13,47 @@ from torch import Tensor
 from clipquant.errors import ArgumentError
 from clipquant.quant.network.calibration import Calibration, Forward
 from clipquant.quant.network.decisions import Decisions
-from clipquant.quant.network.layers import Target
-from clipquant.quant.network.noise import Noise
-from clipquant.quant.network.patches import patches
+from clipquant.quant.network.devices import moved
+from clipquant.quant.network.layers import Target, is_lookup
+from clipquant.quant.network.patches import patches, positions_of
+from clipquant.quant.network.replay import Key, Replay
+from clipquant.quant.network.sums import Moments as Moments
+from clipquant.quant.network.sums import Sums
 from clipquant.quant.network.twin import Twin
-from clipquant.quant.network.watches import watched_calls, watches_of
+from clipquant.quant.network.watches import Watch, watched_calls, watches_of
 
 HESSIAN_LIMIT = 1 << 30  # bytes of one weight's second moments; above, only their diagonal is kept
 _POSITIONS = 4096  # of one chunk of patches: neighbours in an image say nearly the same
+_ELEMENTS = 1 << 26  # of the inputs summed over all the data, or twice the columns in positions
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of a weight W's inputs, averaged over positions: all that its output error needs.
+class Finite:
+    """Whether the inputs met are finite: noted where they lie, read out once."""
 
-    With x the inputs in the network quantized so far and y = W f the outputs in the float one:
+    def __init__(self) -> None:
+        self.places: list[tuple[str, int]] = []
+        self.flags: list[Tensor] = []
 
-    Args:
-        hessian: (groups, columns, columns): E[x x^T]; the weight's rows fall evenly into the groups.
-            (groups, columns), the diagonal alone, where all of it would take too much memory.
-        goal: (groups, rows / groups, columns): E[y x^T]; W E[x^2] with a diagonal.
-        energy: (groups, rows / groups): E[y^2].
-        mean: (groups, columns): E[x].
-        output: (groups, rows / groups): E[y].
-        count: Positions averaged over.
-        noise: Share of the hessian's square off its diagonal that is chance, by how much it differs
-            from piece to piece of the data: 1 where too few were seen to know anything.
-        apart: The same of data held apart, by which what was fitted to these is judged.
-    """
+    def add_(self, name: str, batch: int, value: Tensor) -> None:
+        """Note what a weight has met in a batch."""
+        self.places.append((name, batch))
+        self.flags.append(torch.isfinite(value).all())
 
-    hessian: Tensor
-    goal: Tensor
-    energy: Tensor
-    mean: Tensor
-    output: Tensor
-    count: int
-    noise: float = 0.0
-    apart: Moments | None = None
+    def check(self) -> None:
+        """Raise for the first inputs that were not finite.
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Return E[x] and E[y] over all data, those held apart included."""
-        if self.apart is None:
-            return self.mean, self.output
-        share = self.apart.count / (self.count + self.apart.count)
-        mean = torch.lerp(self.mean, self.apart.mean, share)
-        return mean, torch.lerp(self.output, self.apart.output, share)
-
-
-class _Sums:
-    """Running sums of one weight's moments."""
-
-    def __init__(self, target: Target, limit: int) -> None:
-        self.matrix = target.layout.fold(target.weight.detach()).float()
-        self.limit = limit
-        self.count = 0
-
-    def add_(self, x: Tensor, f: Tensor) -> None:
-        """Add the quantized network's inputs x and the float one's f, (groups, positions, columns)."""
-        groups, positions, columns = x.shape
-        weight = self.matrix.reshape(groups, -1, columns)
-        if not self.count:
-            self.full = groups * columns * columns * 4 <= self.limit
-            self.hessian = (
-                x.new_zeros(groups, columns, columns) if self.full else x.new_zeros(groups, columns)
+        Raises:
+            ValueError: Naming layer and batch.
+        """
+        if not self.flags:
+            return
+        good = torch.stack(self.flags).tolist()
+        if not all(good):
+            name, batch = self.places[good.index(False)]
+            raise ArgumentError(
+                f"the inputs of {name} hold NaN or infinity in calibration batch {batch}. "
+                "Check the batch and the weights before this layer, or exclude the layer."
             )
-            self.goal = torch.zeros_like(weight)
-            self.energy, self.output = x.new_zeros(2, *weight.shape[:2])
-            self.mean = x.new_zeros(groups, columns)
-            self.noise = Noise(x)
-        y = f @ weight.mT
-        if self.full:
-            self._add_hessian_(x)
-            self.goal.baddbmm_(y.mT, x)
-        else:
-            self.hessian += x.square().sum(1)
-        self.energy += y.square().sum(1)
-        self.output += y.sum(1)
-        self.mean += x.sum(1)
-        self.count += positions
-
-    def _add_hessian_(self, x: Tensor) -> None:
-        if x.shape[1] < x.shape[2]:
-            self.hessian.baddbmm_(x.mT, x)
-            self.noise.add_gram_(x)
-        else:
-            part = x.mT @ x
-            self.hessian += part
-            self.noise.add_(part)
-
-    def result(self) -> Moments:
-        n = self.count
-        noise = self.noise.share(self.hessian) if self.full else 0.0
-        hessian = self.hessian.div_(n)
-        if not self.full:
-            weight = self.matrix.reshape(self.goal.shape)
-            self.goal = weight * hessian[:, None] * n
-            self.energy = (self.goal * weight).sum(2)
-        return Moments(
-            hessian, self.goal.div_(n), self.energy / n, self.mean / n, self.output / n, n, noise
-        )
 
 
 def observe(
@@ -120,6 +62,9 @@ def observe(
     calibration: Calibration,
     limit: int = HESSIAN_LIMIT,
     hold_apart: bool = False,
+    few: bool = False,
+    replay: Replay | None = None,
+    sums_on: torch.device | None = None,
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of some weights over all batches and all their uses.
 
@@ -131,6 +76,9 @@ def observe(
         limit: Most bytes of one weight's second moments; above, only the diagonal is kept.
         hold_apart: Whether a quarter of the data goes into `Moments.apart`: the batches held apart, or
             where there are too few of them the last samples of each.
+        few: Whether inputs that are few for their columns may be given in place of their moments.
+        replay: What need not be run again.
+        sums_on: Where moments are added up; None: where the inputs are.
 
     Returns:
         Name of a weight -> its moments; weights that no batch reaches are not in it.
@@ -138,19 +86,24 @@ def observe(
     Raises:
         ValueError: If an input is NaN or infinite, naming layer and batch.
     """
-    sums = {t.name: _Sums(t, limit) for t in targets}
-    apart = {t.name: _Sums(t, limit) for t in targets}
+    free = {t.name for t in targets if few and not is_lookup(twins[0].model, t)}
+    sums = {t.name: Sums(t, limit, t.name in free) for t in targets}
+    apart = {t.name: Sums(t, limit, t.name in free) for t in targets}
+    batches, places, checks = len(calibration), places_of(twins[0], targets), Finite()
 
     def visit(number: int, batch: Any) -> None:
-        floats, others = inputs_met(twins, targets, batch, calibration, number)
+        floats, others = inputs_met(twins, places, batch, calibration, number, checks, replay)
         for name, inputs in others.items():
-            pairs = zip(inputs, floats.get(name, ()), strict=False)
+            pairs = list(zip(inputs, floats.get(name, ()), strict=False))
+            met = sum(positions_of(place, x) for (place, x), _ in pairs)
             for (place, x), (_, f) in pairs:
                 for a, b in zip(patches(place, x), patches(place, f), strict=True):
                     share = calibration.fitted(number) if hold_apart else 1.0
-                    _add_(sums[name], apart[name], _thinned(a, b), share)
+                    thin = _thinned(a, b, met * batches)
+                    _add_(sums[name], apart[name], moved(thin, sums_on or a.device), share)
 
     calibration.each(visit)
+    checks.check()
     return {
         name: replace(s.result(), apart=apart[name].result() if apart[name].count else None)
         for name, s in sums.items()
@@ -161,33 +114,43 @@ def observe(
 Met: TypeAlias = dict[str, list[tuple[Target, Tensor]]]
 
 
+def places_of(twin: Twin, targets: Sequence[Target]) -> list[tuple[str, Watch]]:
+    """Return where a network's calls tell the inputs of some weights, by their names."""
+    return [(t.name, watch) for t in targets for watch in watches_of(twin.model, t)[0]]
+
+
 def inputs_met(
     twins: tuple[Twin, Twin],
-    targets: Sequence[Target],
+    places: Sequence[tuple[str, Watch]],
     batch: Any,
     calibration: Calibration,
     number: int,
+    checks: Finite,
+    replay: Replay | None = None,
 ) -> tuple[Met, Met]:
     """Return what each weight meets in the float network and in the other, driven by the float one's decisions.
 
     Args:
         twins: The float network, and another; the same twice is run once.
-        targets: The weights.
+        places: Of the weights; see `places_of`.
         batch: As the calibration's loop brings it.
         calibration: How it is run.
         number: Of the batch, for messages.
+        checks: Told of all that is met.
+        replay: What need not be run again.
     """
     exact, rounded = twins
-    taken = Decisions()
+    taken, replay = Decisions(), replay or Replay([], {})
     with taken.recorded():
-        floats = _inputs(exact, targets, batch, calibration.forward, number)
+        floats = _inputs(exact, places, batch, calibration.forward, replay, (0, number), checks)
     if rounded is exact:
         return floats, floats
     with taken.followed():
-        return floats, _inputs(rounded, targets, batch, calibration.forward, number)
+        met = _inputs(rounded, places, batch, calibration.forward, replay, (1, number), checks)
+    return floats, met
 
 
-def _add_(sums: _Sums, apart: _Sums, pair: tuple[Tensor, Tensor], share: float) -> None:
+def _add_(sums: Sums, apart: Sums, pair: tuple[Tensor, Tensor], share: float) -> None:
     """Add the first share of positions to the one and the rest to the other."""
     positions = pair[0].shape[1]
     kept = math.ceil(share * positions)
@@ -197,30 +160,39 @@ def _add_(sums: _Sums, apart: _Sums, pair: tuple[Tensor, Tensor], share: float) 
         apart.add_(*(part[:, kept:] for part in pair))
 
 
-def _thinned(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same evenly spaced positions of both, no more than a chunk can need."""
-    most = max(_POSITIONS, 2 * x.shape[2])
-    every = max(x.shape[1] // most, 1)
+def _thinned(x: Tensor, f: Tensor, met: int) -> tuple[Tensor, Tensor]:
+    """Return the same evenly spaced positions of both, no more than a chunk, or all the data, can need.
+
+    Args:
+        x: (groups, positions, columns).
+        f: Likewise.
+        met: Positions in all, if every batch is like this one.
+    """
+    columns = x.shape[2]
+    chunk = max(_POSITIONS, 2 * columns)
+    every = max(x.shape[1] // chunk, met // max(2 * columns, _ELEMENTS // columns), 1)
     if every % 2 == 0:
         every += 1  # an odd stride meets every column of an even-sized image
     return x[:, ::every], f[:, ::every]
 
 
 def _inputs(
-    twin: Twin, targets: Sequence[Target], batch: Any, forward: Forward, number: int
+    twin: Twin,
+    watches: Sequence[tuple[str, Watch]],
+    batch: Any,
+    forward: Forward,
+    replay: Replay,
+    key: Key,
+    checks: Finite,
 ) -> Met:
-    watches = [(t.name, w) for t in targets for w in watches_of(twin.model, t)[0]]
     met: Met = {}
 
     def see(index: int, value: Tensor) -> None:
         name, watch = watches[index]
-        if not torch.isfinite(value).all():
-            raise ArgumentError(
-                f"the inputs of {name} hold NaN or infinity in calibration batch {number}. "
-                "Check the batch and the weights before this layer, or exclude the layer."
-            )
+        checks.add_(name, key[1], value)
         met.setdefault(name, []).append((watch.target, value.detach().clone()))
 
-    with watched_calls([w for _, w in watches], see):
+    last = replay.part_of([watch.module for _, watch in watches])
+    with watched_calls([w for _, w in watches], see), replay.passing(key, last):
         twin.run(forward, batch)
     return met

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from clipquant.quant.network.layers import Target
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs and output of a module
 Reader: TypeAlias = Callable[[Call], Tensor]
 
+_PAIRS = 1 << 12  # of a bilinear layer's inputs, whose second moments are held
 CHUNK = 1 << 23  # elements of unfolded patches held at a time
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -33,6 +35,11 @@ def reader_of(target: Target) -> Reader | str:
     module, name = target.module, target.attribute
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "a lookup multiplies with nothing: every row counts by itself"
+    if target.layout.stacked:
+        return "a stack of experts: what each of them meets never leaves the module"
+    if isinstance(module, nn.Bilinear):
+        most = target.layout.columns <= _PAIRS
+        return _pairs if most else f"a bilinear layer of more than {_PAIRS} pairs of inputs"
     if isinstance(module, nn.MultiheadAttention):
         return partial(_attention_input, name)
     if isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)):
@@ -40,6 +47,13 @@ def reader_of(target: Target) -> Reader | str:
     if isinstance(module, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)):
         return partial(_cell_input, name.startswith("weight_hh"))
     return _first
+
+
+def _pairs(call: Call) -> Tensor:
+    """Return the products of each pair of inputs, which a bilinear layer's weight is multiplied with."""
+    args, kwargs, _ = call
+    one, other = (_tensor(v) for v in (*args, *kwargs.values()))
+    return (one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2)
 
 
 def _first(call: Call) -> Tensor:
@@ -111,8 +125,10 @@ def heads_output(attention: nn.MultiheadAttention, call: Call) -> Tensor:
     """Return the inputs of an attention's output projection, which is no call of its own."""
     args, kwargs, _ = call
     projection = attention.out_proj
-    plain = nn.Linear(attention.embed_dim, attention.embed_dim, bias=False)
-    plain.weight = nn.Parameter(torch.eye(attention.embed_dim).to(projection.weight))
+    plain = nn.Linear(attention.embed_dim, attention.embed_dim, bias=False, device="meta")
+    weight = projection.weight
+    eye = torch.eye(attention.embed_dim, dtype=weight.dtype, device=weight.device)
+    plain.weight = nn.Parameter(eye)
     attention._modules["out_proj"] = plain
     try:
         return _tensor(attention.forward(*args, **kwargs)[0])
@@ -153,6 +169,36 @@ def patches(target: Target, value: Tensor) -> Iterator[Tensor]:
         stride = (1,) * spatial if isinstance(module, _TRANSPOSED) else module.stride
         flip = isinstance(module, _TRANSPOSED)
         yield _unfold(image, module.kernel_size, stride, module.dilation, module.groups, flip)
+
+
+def positions_of(target: Target, value: Tensor) -> int:
+    """Return how many positions `patches` yields in all.
+
+    >>> from clipquant.quant.codes.layout import Layout
+    >>> target = Target("weight", nn.Conv2d(1, 2, 2, stride=2), "weight", Layout((2, 1, 2, 2)))
+    >>> positions_of(target, torch.ones(3, 1, 4, 6))
+    18
+    """
+    module = target.module
+    if not isinstance(module, (*_CONV, *_TRANSPOSED)):
+        groups = value.shape[0] if target.attribute == "in_proj_weight" else 1
+        return value.numel() // max(groups * target.layout.columns, 1)
+    kernel: tuple[int, ...] = module.kernel_size
+    samples = 1 if value.dim() == len(kernel) + 1 else value.shape[0]
+    return samples * math.prod(
+        _places(module, d, size) for d, size in enumerate(value.shape[-len(kernel) :])
+    )
+
+
+def _places(module: Any, d: int, size: int) -> int:
+    """Return the positions along one axis at which a convolution puts out something."""
+    reach = module.dilation[d] * (module.kernel_size[d] - 1) + 1
+    if isinstance(module, _TRANSPOSED):
+        padding: Any = module.padding  # of these never a word
+        pads = 2 * padding[d] - module.output_padding[d]
+        return int((size - 1) * module.stride[d] + reach - pads)
+    pads = sum(module._reversed_padding_repeated_twice[::-1][2 * d : 2 * d + 2])
+    return int((size + pads - reach) // module.stride[d] + 1)
 
 
 def _pad(module: Any, x: Tensor) -> Tensor:

@@ -77,19 +77,27 @@ def watched_calls(watches: Sequence[Watch], see: Callable[[int, Tensor], None]) 
         finally:
             busy = False
 
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it would pass the layers by
     handles = [
         watch.module.register_forward_hook(partial(hook, index), with_kwargs=True)
         for index, watch in enumerate(watches)
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_attention():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep torch's attention off the fast path, which would pass its layers by."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def uses(targets: Sequence[Target], model: nn.Module, calibration: Calibration) -> dict[str, Use]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipquant.quant.packed.products import multiplies, product
 from clipquant.quant.packed.weight import PackedWeight
 
 
@@ -33,11 +34,15 @@ def _same(base: type, kind: type, name: str) -> bool:
 
 def linear(self: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name for it
     """Return `F.linear` with a packed weight, a block of output features at a time."""
+    weight = _packed(self)
+    if multiplies(weight, input):
+        out = product(input, weight)
+        return out if self.bias is None else out + self.bias
 
-    def block(rows: Any, weight: Tensor) -> Tensor:
-        return F.linear(input, weight, _part(self.bias, rows))
+    def block(rows: Any, part: Tensor) -> Tensor:
+        return F.linear(input, part, _part(self.bias, rows))
 
-    return _joined(_packed(self), block, dim=-1)
+    return _joined(weight, block, dim=-1)
 
 
 def convolution(self: Any, input: Tensor) -> Tensor:  # noqa: A002

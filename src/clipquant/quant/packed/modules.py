@@ -58,7 +58,7 @@ def pack_modules_(
             weight = held[names[prefix + attribute]]
             module.add_module(f"packed_{attribute}", weight.to(_real(device)))
         if isinstance(module, nn.RNNBase):
-            module._flat_weights = []
+            _forget(module)
         module.__class__ = _packed_class(type(module), tuple(attributes))  # type: ignore[arg-type]
 
 
@@ -67,7 +67,8 @@ def packed_copy(model: nn.Module, weights: QuantizedWeights) -> nn.Module:
 
     Its outputs are those of the model with the dequantized weights: bit for bit from layers of up to
     2**17 weights, and from all that do not multiply, such as embeddings. A larger layer multiplies a
-    block of output channels at a time, whose sums the processor may take in another order.
+    block of output channels at a time, or a linear one the codes themselves; their sums are as exact as float32's, and
+    differ as its do in another order.
 
     >>> from clipquant.quant.quantize import quantize_weights
     >>> from clipquant.quant.recipe import Recipe
@@ -129,9 +130,14 @@ def _runner(base: type[nn.RNNBase]) -> Callable[..., Any]:
         try:
             return base.forward(self, *args, **kwargs)
         finally:
-            self._flat_weights = []
+            _forget(self)
 
     return forward
+
+
+def _forget(layer: nn.RNNBase) -> None:
+    """Empty a recurrent layer's list of weights; places stay, for hooks that rebuild one write to it."""
+    layer._flat_weights = [None] * len(layer._flat_weights_names)
 
 
 def _keep(self: nn.RNNBase) -> None:

@@ -17,11 +17,12 @@ BLOCK = 1 << 17  # weights dequantized at a time: with their codes, two megabyte
 class PackedWeight(nn.Module):
     """A weight held as packed codes: `forward()` returns it dequantized, and keeps nothing.
 
-    Layers that can use a part of it at a time ask for `blocks()` or `lookup()`.
+    Layers that can use a part of it at a time ask for `blocks()`, `lookup()` or `spans()` and their `planes()`.
 
     Its buffers are the bytes of each width in use (`codes4`), `scale`, `zero` where the grid has
     one, and where rows differ in width `order`, the place of each row among them. They keep their
-    dtypes under `.half()` and the like; the dtype of the weight follows.
+    dtypes under `.half()` and the like; the dtype of the weight follows. Codes of 8 bits of a large matrix are held
+    less 128 (`signed8`), as the processor multiplies them.
 
     Args:
         packed: The weight.
@@ -45,8 +46,10 @@ class PackedWeight(nn.Module):
         self.dtype, self.method = packed.dtype, packed.method
         blocks, order = _by_width(packed)
         self.rows = {bits: rows for bits, (rows, _) in blocks.items()}
+        self.signed = len(self.layout.shape) == 2 and self.layout.numel > BLOCK
         for bits, (_, data) in blocks.items():
-            self.register_buffer(f"codes{bits}", data)
+            signed = self.signed and bits == 8
+            self.register_buffer(self._name(bits), data ^ 128 if signed else data)
         self.register_buffer("scale", packed.grid.scale)
         self.register_buffer("zero", _explicit_zero(packed))
         self.register_buffer("order", order)
@@ -75,16 +78,46 @@ class PackedWeight(nn.Module):
 
         A block has at most 2**17 weights, or eight rows where those are more, and begins on a byte.
         """
+        for rows, bits, start, stop in self.spans(self.layout.numel if self.whole else BLOCK):
+            yield rows, self._values(self._unpacked(bits, start, stop), rows)
+
+    def spans(self, weights: int) -> Iterator[tuple[slice | Tensor, int, int, int]]:
+        """Yield which rows, their width, and their first and last place among those of that width.
+
+        Args:
+            weights: Most of them in a span, or eight rows where those are more; each begins on a byte.
+        """
         held = None if self.order is None else torch.argsort(self.order)
         first = 0
         for bits, count in self.rows.items():
-            size = count if self.whole else max(BLOCK // self.layout.columns // 8, 1) * 8
+            size = max(weights // max(self.layout.columns, 1) // 8, 1) * 8
+            size = count if self.layout.numel <= weights else size
             for start in range(0, count, size):
                 stop = min(start + size, count)
                 span = slice(first + start, first + stop)
-                rows = span if held is None else held[span]
-                yield rows, self._values(self._unpacked(bits, start, stop), rows)
+                yield span if held is None else held[span], bits, start, stop
             first += count
+
+    def planes(self, bits: int, start: int, stop: int) -> tuple[list[Tensor], int]:
+        """Return the codes of a span as a byte holds them, and what was taken off each.
+
+        Returns:
+            Int8 (rows, columns / n), n of them: the first has columns 0, n, 2 n and so on; and an integer. Those of
+            8 bits are a view of what is held.
+        """
+        if bits == 0:
+            return [], 0
+        columns = self.layout.columns
+        each = 8 // bits if bits in (1, 2, 4) else 1
+        if each > 1 and columns % each == 0 and self.group_size % each == 0:
+            ends = (packed_bytes(bits, (row, columns)) for row in (start, stop))
+            data, mask = self._held(bits)[slice(*ends)].view(stop - start, -1), 2**bits - 1
+            shifted = (data >> bits * place if place else data for place in range(each))
+            return [part.bitwise_and(mask).view(torch.int8) for part in shifted], 0
+        if bits < 8:
+            return [self._unpacked(bits, start, stop).view(torch.int8)], 0
+        held = self._held(8)[start * columns : stop * columns].view(stop - start, columns)
+        return [(held if self.signed else held ^ 128).view(torch.int8)], 128
 
     def in_order(self, held: Tensor, dim: int = 0) -> Tensor:
         """Return what has an entry a held row along `dim` with those entries in the weight's order."""
@@ -126,7 +159,7 @@ class PackedWeight(nn.Module):
 
     def _gathered(self, bits: int, index: Tensor) -> Tensor:
         """Return the codes of some of the rows of one width, read from the fewest whole bytes."""
-        columns, data = self.layout.columns, self._codes(bits)
+        columns, data = self.layout.columns, self._held(bits)
         unit = 8 // math.gcd(8, columns * bits)  # rows that fill whole bytes
         size = unit * columns * bits // 8
         unit_index = index // unit
@@ -135,7 +168,7 @@ class PackedWeight(nn.Module):
         else:  # the last rows do not fill their unit
             places = unit_index[:, None] * size + torch.arange(size, device=index.device)
             taken = data[places.clamp_(max=len(data) - 1)]
-        codes = unpack(taken.reshape(-1), bits, (len(index) * unit, columns))
+        codes = self._plain(unpack(taken.reshape(-1), bits, (len(index) * unit, columns)), bits)
         places = torch.arange(len(index), device=index.device) * unit + index % unit
         return codes if unit == 1 else codes.index_select(0, places)
 
@@ -143,7 +176,11 @@ class PackedWeight(nn.Module):
         """Return the codes of rows `start` to `stop` of those of one width."""
         columns = self.layout.columns
         ends = (packed_bytes(bits, (row, columns)) for row in (start, stop))
-        return unpack(self._codes(bits)[slice(*ends)], bits, (stop - start, columns))
+        held = self._held(bits)[slice(*ends)]
+        return self._plain(unpack(held, bits, (stop - start, columns)), bits)
+
+    def _plain(self, codes: Tensor, bits: int) -> Tensor:
+        return codes ^ 128 if self.signed and bits == 8 else codes
 
     def _values(self, codes: Tensor, rows: slice | Tensor) -> Tensor:
         """Return the weights that the codes of some rows stand for."""
@@ -156,9 +193,12 @@ class PackedWeight(nn.Module):
         widths = ", ".join(f"{n} rows of {b} bits" for b, n in self.rows.items())
         return f"{self.layout.shape}, {widths}, {self.method}"
 
-    def _codes(self, bits: int) -> Tensor:
-        codes: Tensor = getattr(self, f"codes{bits}")
-        return codes
+    def _name(self, bits: int) -> str:
+        return "signed8" if self.signed and bits == 8 else f"codes{bits}"
+
+    def _held(self, bits: int) -> Tensor:
+        held: Tensor = getattr(self, self._name(bits))
+        return held
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Move the buffers as `fn` does; let only the dtype of the weight follow it."""
