@@ -94,7 +94,7 @@ class GradientClipCallback(Callback):
     @naming_remedies
     def __init__(
         self,
-        rule: float | Rule = 1.0,
+        rule: int | float | Rule = 1.0,  # noqa: PYI041 - a YAML file's -1 is shown as it was written
         *,
         on_nonfinite: OnNonfinite = "skip",
         max_consecutive_skips: int | None = 10,
