@@ -85,15 +85,15 @@ def medians(contenders, before, rounds):
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def as_callback(params, rule, measure=True):
-    """Return what GradientClipCallback runs in every step, with its own defaults."""
+def as_callback(params, rule, measure=True, later=True):
+    """Return what GradientClipCallback runs in a step that the Trainer does not log, with its own defaults."""
     assignment = assign(params, rule)
-    return lambda: clip_assigned_(assignment, on_nonfinite="skip", measure=measure)
+    return lambda: clip_assigned_(assignment, on_nonfinite="skip", measure=measure, later=later)
 
 
 def on_logging_step(params, rule):
     """Return what GradientClipCallback runs in a step that the Trainer logs: the norms are read too."""
-    clip = as_callback(params, rule)
+    clip = as_callback(params, rule, later=False)
 
     def run():
         record = clip()

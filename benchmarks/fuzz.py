@@ -46,6 +46,8 @@ from clipquant.artifact import (
     verify_artifact,
 )
 from clipquant.cli import main as command
+from clipquant.quant.codes.coding import with_coding
+from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
 from clipquant.report import render_page, report_of
@@ -261,7 +263,14 @@ def seeds() -> list[Seed]:
     def transposed() -> nn.Module:
         return nn.ConvTranspose2d(4, 2, 3, groups=2).half()
 
+    def sparse() -> nn.Module:
+        torch.manual_seed(0)
+        layer = nn.Linear(24, 16)
+        layer.weight.data *= torch.rand_like(layer.weight) < 0.1
+        return layer
+
     data = [torch.randn(64, 6)]
+    made: list[tuple[QuantizedWeights, dict[str, Any], Callable[[], nn.Module]]]
     made = [
         (quantize(nn.Linear(8, 4), 4).weights, {}, lambda: nn.Linear(8, 4)),
         (quantize_weights(transposed(), Recipe(8, granularity=4)), {}, transposed),
@@ -272,6 +281,9 @@ def seeds() -> list[Seed]:
         ),
         (quantize_weights(many(), Recipe(3)), {}, many),
     ]
+    for bits, granularity in ((2, None), (3, 8)):  # streams of codes
+        weights = quantize_weights(sparse(), Recipe(bits, granularity=granularity, method="rtn"))
+        made.append((with_coding(weights, "entropy"), {}, sparse))
     found = [Seed(take_apart(_bytes(weights, extra)), model) for weights, extra, model in made]
     auto = quantize(pair(), "auto", max_size=4000, data=data, progress=False)
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ WHOLE = {
 
 def run(path, folder):
     """Run an example in `folder` and return the path of the artifact and the last value of each logged metric."""
-    if path.stem == "fashion_mnist" and not DEBIAN_FOLDER.is_dir():
+    if "FashionMNIST" in path.read_text() and not DEBIAN_FOLDER.is_dir():
         pytest.skip("the Debian package dataset-fashion-mnist is not installed")
     logger = [
         "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
@@ -128,7 +128,26 @@ def check_norm_clip_4bit(artifact, metrics):
     assert tensors["fc1.weight"].group_size == 64
 
 
+def check_qat_2bit(artifact, metrics):
+    tensors = read_artifact(artifact).weights.tensors
+    assert {(tensor.bits, tensor.method) for tensor in tensors.values()} == {(2, "qat")}
+
+
+def check_deep_compression(artifact, metrics):
+    weights = read_artifact(artifact).weights
+    assert {name: tensor.levels for name, tensor in weights.tensors.items()} == {
+        "conv1.weight": 14,
+        "conv2.weight": 2,
+        "fc1.weight": 2,
+        "fc2.weight": 2,
+    }
+    zeros = sum(int((weights.state_dict()[name] == 0).sum()) for name in weights.tensors)
+    assert zeros >= 0.97 * sum(tensor.numel for tensor in weights.tensors.values()) - 1
+
+
 CHECKS = {
+    "deep_compression": check_deep_compression,
+    "qat_2bit": check_qat_2bit,
     "norm_clip_4bit": check_norm_clip_4bit,
     "quickstart": check_quickstart,
     "reference": check_reference,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import clipquant
+from clipquant import quantize
 from clipquant.artifact import (
     ArtifactError,
     load_quantized,
@@ -56,6 +57,10 @@ def rows(bits, shape, codes=b"", **about):
     return seal(*weight(codes, shape, by_row=bits, **about))
 
 
+def coded(stream, shape=(2, 4), **about):
+    return seal(*weight(stream, shape, **{"coding": "range", **about}), version=3)
+
+
 REFUSED = {
     "a function of torch": (plain(dtype="load"), "tensors.w.dtype must be one of"),
     "a dtype of another kind": (plain(dtype="int8"), "tensors.w.dtype must be one of"),
@@ -82,6 +87,16 @@ REFUSED = {
     "a group of none": (plain(granularity=0), "tensors.w.granularity must be a whole number"),
     "a group beyond the columns": (plain(granularity=10**9), "tensors.w.granularity must be"),
     "a granularity of another kind": (plain(granularity="row"), "tensors.w.granularity must be"),
+    "a coding in an older format": (plain(coding="range"), "tensors.w.coding must be left out"),
+    "a coding unknown": (coded(bytes(5), coding="zip"), "tensors.w.coding must be left out, or in files of"),
+    "a coding that is true": (coded(bytes(5), coding=True), "tensors.w.coding must be left out"),
+    "a stream without a head": (coded(bytes(4)), "w.q must be a stream of .* its head is none"),
+    "a stream of no bytes": (coded(b""), "w.q must be a stream of .* its head is none"),
+    "a stream of an unknown kind": (coded(bytes(4) + b"\3"), "w.q must be a stream of .* its head is none"),
+    "a stream of half a word": (coded(bytes(7)), "w.q must be a stream of .* its head is none"),
+    "a stream of noise": (coded(bytes(5) + b"\x5a\xc3\x11\x99" * 9), "w.q must be a stream of .* behind its last code"),
+    "a stream of other codes": (coded(bytes(9)), "w.q must be a stream of .* differ from their checksum"),
+    "a stream of rows": (coded(bytes(9), by_row=b"\4\4"), "w.q must be a stream of .* their checksum"),
     "an axis of no weight": (plain(axis=2), "tensors.w.axis must be a whole number from -2 to 1"),
     "a stack of no matrices": (plain(axis=-1), "tensors.w.shape must be of 3 axes or more"),
     "a stack of empty matrices": (plain(shape=[2, 0, 4], axis=-1), "tensors.w.shape must be of axes of 1 or more"),
@@ -211,6 +226,21 @@ class TestRowsOfNoBits:
         assert read_outline(path).weights.tensors["w"].numel == 10_000_000
         assert verify_artifact(path) == []
 
+    def test_streams_of_next_to_nothing_need_them_too(self, tmp_path, monkeypatch):
+        """Beyond 8 codes a byte a stream is paid for by nothing."""
+        monkeypatch.setattr("clipquant.artifact.weights.ROOM", 100_000)
+        layer, path = nn.Linear(200, 200, bias=False), tmp_path / "a"
+        layer.weight.data.zero_()[0, 0] = 1
+        quantize(layer, 2, method="rtn", progress=False).save(path, coding="entropy")
+        with pytest.raises(
+            ArtifactError, match=r"codes of far less than a bit .* max_constant_bytes"
+        ):
+            load_quantized(path)
+        assert load_quantized(path, max_constant_bytes=200_000)["weight"].sum() == 1
+        assert load_quantized(path, nn.Linear(200, 200, bias=False)).weight.sum() == 1
+        assert read_outline(path).weights.tensors["weight"].numel == 40_000
+        assert verify_artifact(path) == []
+
     def test_another_model_does_not_make_them(self, tmp_path):
         path = tmp_path / "a"
         path.write_bytes(rows(b"\0\0", (2, 150_000_000)))
@@ -235,6 +265,10 @@ BOMBS = {
         *weight(bytes(4), (2, 4)), ',"x":[' + '{"a":0},' * (1 << 20) + "0]"
     ),
     "a header said to be long": struct.pack("<Q", 2**62) + bytes(100),
+    "a stream of next to nothing": coded(bytes(5), (150, 10**6)),
+    "streams that the room just holds": coded(bytes(5), (2500, 2500)),
+    "a stream by rows of no bits": coded(bytes(5), (2, 150_000_000), by_row=b"\0\0"),
+    "one code a row": coded(bytes(5) + bytes(4 << 10), (1 << 20, 6), granularity="tensor"),
     "one bit a row": plain(b"\1" * (1 << 17), (1 << 20, 1), bits=1, levels=1, granularity="tensor"),
 }
 MEASURE = """

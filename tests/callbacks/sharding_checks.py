@@ -228,9 +228,10 @@ def streamed(strategy, *given, **named):
     ):
         warnings.simplefilter("always")
         model, state = together(strategy, callback)
-    counts = [None] * COUNT
-    dist.all_gather_object(counts, len(counted))
-    return callback, model, state, "".join(str(w.message) for w in told), counts
+    found = [None] * COUNT
+    dist.all_gather_object(found, (len(counted), "".join(str(w.message) for w in told)))
+    counts, said = zip(*found, strict=True)
+    return callback, model, state, said[0], counts  # the first process warns for all
 
 
 def check_without_room_for_the_network_layers_are_coded_one_by_one():

@@ -69,6 +69,29 @@ def test_plain_rounding_to_2_bits_is_named_with_data_and_without():
         assert made.report.harmed == ("0.weight", "3.weight")
 
 
+def test_bits_chosen_by_a_size_are_judged_too_unless_the_metric_has_said_that_they_hold():
+    torch.manual_seed(0)
+    model, data = net(), [torch.randn(16, 3, 8, 8) for _ in range(8)]
+    made, warned = said(model, bits="auto", data=data, max_size=2900)
+    assert made.report.harmed, {r.name: (r.note, r.sqnr_db, r.rows) for r in made.report.layers}
+    assert len(warned) == 1
+    assert "allow more bytes" in warned[0]
+    notes = {r.name: r.note for r in made.report.layers}
+    rounded = made.apply_to(copy.deepcopy(model))
+    x = torch.cat([data[3], data[7]])
+    with torch.no_grad():
+        wanted, off = model(x), rounded(x) - model(x)
+    share = float((off - off.mean(0)).square().sum() / (wanted - wanted.mean(0)).square().sum())
+    if "3.weight" in made.report.harmed:
+        assert f"{100 * share:.0f} % error" in notes["3.weight"]
+    held, warned = said(model, bits="auto", data=data, max_drop=0.5, score=lambda _: 1.0)
+    assert held.report.budget.met
+    assert not warned
+    assert not held.report.harmed
+    wide, warned = said(model, bits="auto", data=data, max_size=0.3)
+    assert not wide.report.harmed
+
+
 def test_outputs_are_measured_where_there_is_data():
     torch.manual_seed(1)
     model, data = net(), [torch.randn(16, 3, 8, 8) for _ in range(8)]

@@ -16,7 +16,9 @@ from clipquant.artifact.fault import ArtifactError
 from clipquant.artifact.schema import CODING, PARTS, Manifest
 from clipquant.artifact.table import DATA, DIGESTS, TABLE
 from clipquant.artifact.weights import Parts, outline, unpacked_weight
+from clipquant.errors import MissingPackageError
 from clipquant.files import write_whole
+from clipquant.quant.codes.entropy import coder_library
 from clipquant.quant.codes.pack import pack, packed_bytes
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights
@@ -151,20 +153,13 @@ def verify_artifact(path: str | Path) -> list[str]:
     """
     try:
         damage = find_damage(path)
-        if not damage:
-            _try_streams(path)
+        if not damage and any(
+            t.stream is not None for t in read_outline(path).weights.tensors.values()
+        ):
+            coder_library()
         return damage
-    except ArtifactError as error:
+    except (ArtifactError, MissingPackageError) as error:
         return [str(error)]
-
-
-def _try_streams(path: str | Path) -> None:
-    """Raise unless a file's records can be and its streams give codes, those of one weight in memory at a time."""
-    parts = Parts(open_sealed(read_bytes(path), path), path)
-    for name, weight in parts.opened.manifest.weights.items():
-        outline(parts, name)
-        if weight.coded and parts.affords(name):
-            unpacked_weight(parts, name)
 
 
 def parse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from clipquant.artifact.envelope import ROOM, Opened
 from clipquant.artifact.fault import ArtifactError
 from clipquant.artifact.schema import Weight
 from clipquant.errors import MissingPackageError
-from clipquant.quant.codes.entropy import StreamError, decode
+from clipquant.quant.codes.entropy import LIBRARY, StreamError, decode
 from clipquant.quant.codes.grid import Coded, Grid, row_levels
 from clipquant.quant.codes.pack import PackedTensor, pack_tensor, packed_bytes, unpack
 from clipquant.quant.codes.spec import MAX_BITS
@@ -123,17 +124,20 @@ def unpacked_weight(parts: Parts, name: str) -> QuantizedTensor:
 
 
 def outline(parts: Parts, name: str) -> QuantizedTensor:
-    """Return a weight whose codes take no memory; dense ones were looked at."""
+    """Return a weight whose codes were looked at and take no memory.
+
+    A stream is looked at where its library is installed and the file has paid for the codes.
+    """
     weight, bits = parts.opened.manifest.weights[name], parts.bits(name)
     grid, stream = parts.grid(name, bits), None
-    if weight.coded:
+    if not weight.coded:
+        _codes(parts, name, bits)
+    elif not parts.affords(name) or find_spec(LIBRARY) is None:
         stream = parts.opened.tensor(f"{name}.q")
     else:
-        _codes(parts, name, bits)
-    codes = torch.empty(
-        (weight.layout.rows, weight.layout.columns), dtype=torch.uint8, device="meta"
-    )
-    return _tensor(weight, bits, grid, codes, stream)
+        stream = unpacked_weight(parts, name).stream
+    shape = (weight.layout.rows, weight.layout.columns)
+    return _tensor(weight, bits, grid, torch.empty(shape, dtype=torch.uint8, device="meta"), stream)
 
 
 def _tensor(

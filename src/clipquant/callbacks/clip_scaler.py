@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from clipquant.clip.fold import supports_scaling
+
 
 class Unscaling:
     """What the gradients of each optimizer still carry, and what this object has unscaled itself."""
@@ -30,7 +32,7 @@ class Unscaling:
             optimizer: The optimizer whose step may follow.
             fold: Whether the optimizer's own step will apply the clipping, and needs the gradients scaled.
         """
-        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if not supports_scaling(optimizer):
             return 1.0 if _is_unscaled(scaler, optimizer) else float(scaler.get_scale())
         if fold:
             return float(scaler.get_scale())

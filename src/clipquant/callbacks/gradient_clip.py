@@ -51,7 +51,7 @@ from clipquant.callbacks.lightning import Callback
 from clipquant.clip.apply import clip_assigned_
 from clipquant.clip.assign import Assignment, as_rule
 from clipquant.clip.finite import OnNonfinite, check_policy
-from clipquant.clip.fold import unfold_
+from clipquant.clip.fold import supports_scaling, unfold_
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule
@@ -246,6 +246,8 @@ class GradientClipCallback(Callback):
             self._resume.seen.add(index)
             progress = progress.fitting(assignment, rank_zero_warn)
         self._progress[index] = progress
+        # A fused step writes the gradients back, so that nothing could be measured after it.
+        later = not (supports_scaling(optimizer) or logs_now(trainer))
         divides = factor != 1.0 and not folds_scaled
         undoes = self.on_nonfinite == "skip" and attached.evaluations is not None
         with divided(assignment.params, factor) if divides else nullcontext():
@@ -257,6 +259,7 @@ class GradientClipCallback(Callback):
                 measure=self.log_mode is not False,
                 defer=fold and not divides,
                 loss_scale=1.0 if divides else factor,
+                later=later and not divides,
             )
         # What is not finite makes a scaler leave out the step, or has the step undone.
         left = (scaler is not None or undoes) and bool(record.nonfinite)

@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from clipquant.budget.chance import Judged
 from clipquant.callbacks.auto import choose_bits
 from clipquant.callbacks.checkpoint import logged_name
 from clipquant.callbacks.road.calibration import Found, try_batches
 from clipquant.callbacks.road.data import kept_generators, validation_loaders
-from clipquant.callbacks.road.judge import judge, watched
+from clipquant.callbacks.road.judge import judge_parts, watched
 from clipquant.callbacks.road.ranks import from_first, leaving
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.settings import Settings
@@ -84,12 +85,14 @@ def _chosen(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequence[A
             return [seen]
 
     with open_road(trainer, module, probe, before=True) as road:
-        before = judge(road) if settings.max_drop is not None else {}
+        before = Judged({})
+        if settings.max_drop is not None:
+            before = judge_parts(road, settings.watch(trainer, {}).name, None, apart=True)
         goal = settings.goal(trainer, road.natures)
-        goal = replace(goal, monitor=logged_name(goal.monitor, before))
+        goal = replace(goal, monitor=logged_name(goal.monitor, before.metrics))
         made = choose_bits(road, goal, found, before)
     grids = {n: TrainedGrid(t.grid, t.bits, t.layout) for n, t in made.weights.tensors.items()}
-    return Chosen(grids, before)
+    return Chosen(grids, before.metrics)
 
 
 def budgeted(

@@ -118,12 +118,14 @@ def _read_report(path: str | Path) -> QuantizationReport:
 
 
 def _tensor_rows(artifact: Artifact) -> Iterator[tuple[str, str, str, str]]:
-    from clipquant.report.layers import stored_bytes
+    from clipquant.report.layers import coded_figures, stored_bytes
+    from clipquant.report.table import coded_said
 
     weights = artifact.weights
     places = {_owner(name): place for place, name in enumerate(weights.tensors)}
     for name, tensor in weights.tensors.items():
-        bits = f"{tensor.code_bits / max(tensor.numel, 1):.3g}"
+        coded = coded_said(coded_figures(tensor)["coded_bits"])
+        bits = f"{tensor.code_bits / max(tensor.numel, 1):.3g}{coded}"
         yield name, _show_shape(tensor.layout.shape), bits, f"{stored_bytes(tensor):,}"
     floats = sorted(weights.floats, key=lambda name: (places.get(_owner(name), len(places)), name))
     for name, value in ((name, weights.floats[name]) for name in floats):

@@ -77,6 +77,7 @@ def clip_assigned_(
     measure: bool = True,
     defer: bool = False,
     loss_scale: float = 1.0,
+    later: bool = False,
 ) -> ClipRecord:
     """Clip in place what an assignment says; `clip_gradients_` with every choice in the open.
 
@@ -88,6 +89,8 @@ def clip_assigned_(
         measure: Whether to measure norms that no rule needs.
         defer: Leave a plan that is one coefficient for all gradients to the caller, in `ClipRecord.deferred`.
         loss_scale: Factor that the gradients still carry; norms and limits are meant without it.
+        later: Whether norms after clipping that cost a pass of their own may be left to whoever reads them, while the
+            gradients are there and unchanged.
 
     Returns:
         What was done.
@@ -101,7 +104,7 @@ def clip_assigned_(
         if record is not None:
             return record
     with torch.no_grad():
-        job = Job(assignment, gather_(assignment, loss_scale), state or {})
+        job = Job(assignment, gather_(assignment, loss_scale, later), state or {})
         return _clip_(job, on_nonfinite, skip_above, measure, defer)
 
 

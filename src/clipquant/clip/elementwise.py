@@ -13,14 +13,19 @@ from clipquant.clip.blocks import Block, blocks, gather_norms
 from clipquant.clip.measured import Measured
 from clipquant.clip.norms import bounded_norms, value_norms
 from clipquant.clip.outcome import Outcome
-from clipquant.clip.streaming import as_vectors, clamp_vectors_
+from clipquant.clip.streaming import clamp_plain_
 
 # Elements; below, a call costs more than the copy that lets one call serve many tensors.
 _SMALL = 1 << 12
 
 
 def clamp_(
-    tensors: Sequence[Tensor], limit: float, leave: bool, tell: bool, order: float | None
+    tensors: Sequence[Tensor],
+    limit: float,
+    leave: bool,
+    tell: bool,
+    order: float | None,
+    later: bool = False,
 ) -> Outcome:
     """Clamp every element in place.
 
@@ -30,6 +35,7 @@ def clamp_(
         leave: Leave a block with a non-finite element as it is, and say so.
         tell: Whether it matters if anything was clipped. Without, and without norms, this is one pass over memory.
         order: Order of the norms to measure; None for none.
+        later: Whether norms after clipping may be left to whoever reads them, while the gradients are there.
 
     Returns:
         The outcome on this process.
@@ -39,11 +45,16 @@ def clamp_(
             for values in _reals(block.values):
                 values.clamp_(-limit, limit)
         return Outcome(clipped=True)
-    vectors = as_vectors(tensors) if order in (None, 2.0) else None
-    if vectors is not None:
-        return clamp_vectors_(vectors, limit, leave, measure=order is not None)
+    if order in (None, 2.0):
+        outcome = clamp_plain_(tensors, limit, leave, order is not None, later)
+        if outcome is not None:
+            return outcome
     if order is not None:
         return _stream_(tensors, leave, order, partial(_clamp_reaching_, limit))
+    return _clamp_unmeasured_(tensors, limit, leave)
+
+
+def _clamp_unmeasured_(tensors: Sequence[Tensor], limit: float, leave: bool) -> Outcome:
     clipped, finite = False, True
     for block in blocks(tensors):
         for group in _groups(_reals(block.values)):

@@ -35,9 +35,7 @@ def can_fold(optimizer: Optimizer) -> bool:
         >>> can_fold(AdamW([weight], fused=True)), can_fold(AdamW([weight]))
         (True, False)
     """
-    if type(optimizer) not in _DIVIDES_BY_GRAD_SCALE or not getattr(
-        optimizer, "_step_supports_amp_scaling", False
-    ):
+    if type(optimizer) not in _DIVIDES_BY_GRAD_SCALE or not supports_scaling(optimizer):
         return False
     if not _steps_as_torch_does(optimizer):
         return False
@@ -46,6 +44,11 @@ def can_fold(optimizer: Optimizer) -> bool:
         group.get("fused") and not any(isinstance(p, DTensor) for p in group["params"])
         for group in groups
     )
+
+
+def supports_scaling(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's step takes scaled gradients; it writes all gradients back then."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def _steps_as_torch_does(optimizer: Optimizer) -> bool:

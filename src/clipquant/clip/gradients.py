@@ -23,6 +23,7 @@ class Gradients(Sequence[Tensor]):
         positions: Position of each gradient's parameter among all parameters, stable from step to step.
         loss_scale: Factor that the tensors still carry; norms are given without it.
         small: Whether they are plain float32 tensors on a CPU, together so small that a call costs more than a copy.
+        later: Whether norms after clipping may be left to whoever reads them, while the tensors are there.
 
     Example:
         >>> Gradients([torch.tensor([3.0]), torch.tensor([4.0])]).norm()
@@ -36,12 +37,13 @@ class Gradients(Sequence[Tensor]):
         positions: Sequence[int] | None = None,
         loss_scale: float = 1.0,
         small: bool = False,
+        later: bool = False,
     ) -> None:
         self.tensors = tuple(tensors)
         count = len(self.tensors)
         self.groups = tuple(groups) if groups is not None else (0,) * count
         self.positions = tuple(positions) if positions is not None else tuple(range(count))
-        self.loss_scale, self.small = loss_scale, small
+        self.loss_scale, self.small, self.later = loss_scale, small, later
         self._joined: Tensor | None = None
         self._measured: dict[float, Measured] = {}
 

@@ -67,12 +67,14 @@ class Job:
         return ClipRecord(names=names, groups=grads.groups, order=self.order, **found)
 
 
-def gather_(assignment: Assignment, loss_scale: float) -> Gradients:
+def gather_(assignment: Assignment, loss_scale: float, later: bool = False) -> Gradients:
     """Return the gradients that there are, each brought to a form whose stored values can be clipped in place."""
     everything = [param.grad for param in assignment.params]
     if are_plain(everything):
         small = bool(small_sizes(everything))
-        return Gradients(everything, assignment.groups, assignment.positions, loss_scale, small)
+        return Gradients(
+            everything, assignment.groups, assignment.positions, loss_scale, small, later
+        )
     tensors: list[Tensor] = []
     present: list[int] = []
     for i, grad in enumerate(everything):
@@ -87,4 +89,4 @@ def gather_(assignment: Assignment, loss_scale: float) -> Gradients:
     if len(present) < len(groups):
         groups = [groups[i] for i in present]
     small = are_plain(tensors) and bool(small_sizes(tensors))
-    return Gradients(tensors, groups, present, loss_scale, small)
+    return Gradients(tensors, groups, present, loss_scale, small, later)

@@ -44,6 +44,11 @@ class Measured:
         self.order = order
         self._values, self._sizes, self._factor, self._limit = values, sizes, factor, limit
 
+    @property
+    def known(self) -> bool:
+        """Whether the norms are there to read."""
+        return True
+
     @cached_property
     def each(self) -> Tensor:
         """Norm of each gradient, shape (number of gradients,)."""

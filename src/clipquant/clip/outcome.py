@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from clipquant.clip.gradients import Gradients
 from clipquant.clip.measured import Measured
-from clipquant.clip.shards import reduce_any, reduce_norms
+from clipquant.clip.shards import any_distributed, reduce_any, reduce_norms
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Outcome:
             grads: What the outcome on this process is about.
             order: Order of its norms.
         """
+        if grads.loss_scale == 1.0 and not any_distributed(grads.tensors):
+            return self
         clipped, broken = reduce_any([self.clipped, not self.finite], grads)
         before = after = _whole(self.before, grads, order)
         if clipped:  # on any process: all of them have to ask

@@ -54,10 +54,14 @@ class ClipRecord:
 
     @property
     def grad_norm_clipped(self) -> float | None:
-        """The same after clipping; 0 for a step that was skipped."""
+        """The same after clipping; 0 for a step that was skipped.
+
+        A `Value` callback leaves this figure of large gradients to whoever reads it in a step that is not logged, and
+        it is None once they are gone or have changed.
+        """
         if self.skipped:
             return 0.0
-        return None if self.after is None else self.after.total
+        return None if self.after is None or not self.after.known else self.after.total
 
     @property
     def norms(self) -> Tensor | None:
@@ -67,7 +71,7 @@ class ClipRecord:
     @property
     def norms_clipped(self) -> Tensor | None:
         """The same after clipping."""
-        return None if self.after is None else self.after.each
+        return None if self.after is None or not self.after.known else self.after.each
 
     @property
     def clip_coef(self) -> float | None:

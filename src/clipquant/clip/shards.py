@@ -41,7 +41,7 @@ def reduce_norms(norms: Tensor, tensors: Sequence[Tensor], order: float) -> Tens
     Returns:
         `norms` itself where nothing is sharded, else float64, the same on every process of a mesh.
     """
-    if not _any_distributed(tensors):
+    if not any_distributed(tensors):
         return norms
     for (mesh, dims), members in _sharded(tensors).items():
         whole = reduce_parts(norms[members], mesh, dims, order)
@@ -81,7 +81,7 @@ def reduce_any(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
         flags: Flags of this process.
         tensors: What they were found on; without distributed ones they stay as they are.
     """
-    if not _any_distributed(tensors):
+    if not any_distributed(tensors):
         return list(flags)
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
     found = torch.tensor(flags, dtype=torch.float32, device=next(iter(meshes)).device_type)
@@ -97,7 +97,8 @@ def sharded_dims(tensor: Tensor) -> tuple[int, ...]:
     return tuple(d for d, p in enumerate(tensor.placements) if not isinstance(p, Replicate))
 
 
-def _any_distributed(tensors: Sequence[Tensor]) -> bool:
+def any_distributed(tensors: Sequence[Tensor]) -> bool:
+    """Return whether any of the tensors is a distributed one."""
     return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 

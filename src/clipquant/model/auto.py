@@ -21,12 +21,15 @@ from clipquant.budget.goal import (
 )
 from clipquant.errors import ArgumentError
 from clipquant.model.quantized import QuantizedModel, make_report
-from clipquant.quant.codes.coding import Coding, with_coding
+from clipquant.quant.codes.coding import Coding, is_coded, with_coding
 from clipquant.quant.codes.weights import QuantizedWeights
+from clipquant.quant.harm import allocated_errors
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Target, check_finite
+from clipquant.quant.network.twin import evaluating
 from clipquant.quant.recipe import Recipe
 from clipquant.quant.widths.allocator import allocator, smallest_weights
+from clipquant.report.layers import unharmed
 from clipquant.report.stored import describe
 
 
@@ -94,6 +97,7 @@ def quantize_auto(
         seen.calibration,
         group_size=_group_size(goal),
         fixed=_given_widths(selection.targets, goal.recipe),
+        coded=is_coded(goal.coding),
     )
     base = replace(
         make_report(rows.weights(rows.uniform(8)), model),
@@ -109,8 +113,14 @@ def quantize_auto(
 
     asked = Goal(goal.max_drop, most, goal.monitor, goal.mode, goal.confidence)
     allocation = meet(asked, rows, size_of, before, judge, spare)
-    weights = with_coding(allocation.weights, goal.coding)
+    with evaluating(model):
+        errors = allocated_errors(rows, allocation.weights)
+    weights = with_coding(replace(allocation.weights, errors=errors), goal.coding)
     report = make_report(weights, model, rows.sensitivities(allocation.bits))
+    if (
+        asked.max_drop is not None and allocation.budget.met
+    ):  # the user's own metric says what harm is
+        report = replace(report, layers=tuple(map(unharmed, report.layers)))
     made = QuantizedModel(weights, report).reported(
         float_metrics=dict(before.metrics),
         quantized_metrics=dict(allocation.judged.metrics),

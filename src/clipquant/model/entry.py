@@ -15,7 +15,7 @@ from clipquant.artifact import load_state
 from clipquant.budget.chance import Judged, drop_between
 from clipquant.errors import ArgumentError
 from clipquant.keywords import OF_QUANTIZING, naming_keywords
-from clipquant.model.asked import as_batches, check_model, check_spelling
+from clipquant.model.asked import as_batches, check_model, check_spelling, with_teacher
 from clipquant.model.auto import AutoBits, Seen, check_auto, check_budgets, quantize_auto
 from clipquant.model.quantized import QuantizedModel, make_report
 from clipquant.model.score import NAME, Score, judged_by
@@ -171,7 +171,7 @@ def quantize_by(
             and ends as it was.
         calibration: Batches, and how to run them.
     """
-    weights = quantize_weights(model, recipe, calibration)
+    weights = quantize_weights(model, with_teacher(recipe, model), calibration)
     return QuantizedModel(weights, make_report(weights, model))
 
 

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.granularity import NORMAL, SHORT
+from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.methods.base import Found, Problem, matrix_of
+from clipquant.quant.network.batchnorm import batch_norms
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import bias_of
 from clipquant.quant.network.moments import Finite, inputs_met, places_of
 from clipquant.quant.network.patches import patches
 from clipquant.quant.network.twin import Twin
+from clipquant.quant.widths.allocator import Allocator
 
 LEAST = 12.0  # dB: below, a sixteenth of a weight's energy is noise, whatever its width
 ENOUGH = 16.0  # dB: above, a fortieth: no width is asked for more
@@ -93,6 +96,28 @@ def output_errors(
         for t in problem.targets
         if sums[t.name].count
     }
+
+
+def allocated_errors(allocator: Allocator, weights: QuantizedWeights) -> dict[str, float]:
+    """Return the same of weights with bits of their own for each row.
+
+    Args:
+        allocator: What they were taken from; without calibration nothing is measured.
+        weights: Its weights, settled.
+
+    Returns:
+        Name of a weight -> squared error over variance; looked-up weights are not in it.
+    """
+    calibration, model = allocator.calibration, allocator.model
+    if not calibration:
+        return {}
+    targets = tuple(t for t in allocator.selection.targets if t.name not in weights.lookups)
+    problem = Problem(model, targets, {}, calibration)
+    codes = {t.name: weights.tensors[t.name].coded for t in targets}
+    found = Found(codes, biases={n: weights.floats[n] for n in allocator.biases.values()})
+    names = (f"{n}.{part}" for n in batch_norms(model) for part in ("running_mean", "running_var"))
+    statistics = {name: weights.floats[name] for name in names if name in weights.floats}
+    return output_errors(problem, found, statistics, calibration)
 
 
 class _Difference:

@@ -49,12 +49,27 @@ def layer_records(
 
 
 def _note(record: LayerRecord, weights: QuantizedWeights) -> str:
-    """Return what is to be known of a weight, its likely harm first; rows of unlike width were weighed by a budget."""
-    own = weights.notes.get(record.name, "")
-    if len(record.rows) > 1:
+    """Return what is to be known of a weight, its likely harm first.
+
+    Of rows of unlike width it is the outputs that tell: those that matter little have fewer bits, and the noise
+    of a weight whose rows are not looked up says nothing.
+    """
+    own, name = weights.notes.get(record.name, ""), record.name
+    if len(record.rows) > 1 and name not in weights.errors and name not in weights.lookups:
         return own
-    why = harms(record.bits, record.sqnr_db, weights.errors.get(record.name))
+    why = harms(record.bits, record.sqnr_db, weights.errors.get(name))
     return "; ".join(filter(None, (f"{HARMED}: {why}" if why else "", own)))
+
+
+def unharmed(record: LayerRecord) -> LayerRecord:
+    """Return a record whose note does not begin with a likely harm.
+
+    >>> unharmed(LayerRecord("w", (1,), 2, "gptq", 9.0, 1, note=f"{HARMED}: 9.0 dB SQNR; pruned")).note
+    'pruned'
+    """
+    if not record.note.startswith(HARMED):
+        return record
+    return replace(record, note=record.note.partition("; ")[2])
 
 
 def layer_record(

@@ -213,7 +213,10 @@ class QuantizationReport:
             return ""
         named = ", ".join(self.harmed[:3])
         more = f" and {len(self.harmed) - 3} more" if len(self.harmed) > 3 else ""
-        return f"{HARMED}: {named}{more}; use 6 bits or groups (granularity=64)"
+        remedy = (
+            "use 6 bits or groups (granularity=64)" if self.budget is None else "allow more bytes"
+        )
+        return f"{HARMED}: {named}{more}; {remedy}"
 
     @property
     def suspicion(self) -> str:

@@ -37,7 +37,9 @@ def layer_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
         (
             layer.name,
             "x".join(map(str, layer.shape)),
-            _bits(layer),
+            f"{layer.bits:.3g}"
+            + (" mixed" if len(layer.rows) > 1 else "")
+            + coded_said(layer.coded_bits),
             layer.method,
             figure(layer.sqnr_db, ".1f"),
             figure(layer.sensitivity, ".2e"),
@@ -176,15 +178,17 @@ def figure(value: float | None, form: str) -> str:
     return "exact" if value == math.inf else format(value, form)
 
 
-def _bits(layer: LayerRecord) -> str:
-    """Return the width of a layer's codes, and what they take on average in an entropy code."""
-    mixed = " mixed" if len(layer.rows) > 1 else ""
-    coded = "" if layer.coded_bits is None else f", coded {layer.coded_bits:.3g}"
-    return f"{layer.bits:.3g}{mixed}{coded}"
+def coded_said(bits: float | None) -> str:
+    """Return what a code takes on average in an entropy code, as the end of a text on its width.
+
+    >>> coded_said(1.8036), coded_said(None)
+    (', coded 1.8', '')
+    """
+    return "" if bits is None else f", coded {bits:.3g}"
 
 
 def _brief(layer: LayerRecord | None) -> str:
     if layer is None:
         return "float or absent"
     sqnr = figure(layer.sqnr_db, ".1f")
-    return f"{_bits(layer)} bits, {layer.method}, {sqnr} dB, {layer.bytes:,} bytes"
+    return f"{layer.bits:.3g} bits{coded_said(layer.coded_bits)}, {layer.method}, {sqnr} dB, {layer.bytes:,} bytes"

@@ -11,7 +11,7 @@ from torch import nn
 from clipquant import QuantizeOnFitEnd, TwoConvNet, load_quantized, quantize
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.tensor import dequantize
-from clipquant.quant.methods import Distill, Mse, Rtn
+from clipquant.quant.methods import Auto, Distill, Mse, Rtn
 from clipquant.quant.network.calibration import Calibration, call_model
 from clipquant.quant.network.outputs import distance, tensors_of
 from clipquant.quant.quantize import quantize_weights
@@ -323,7 +323,8 @@ def test_a_teacher_of_another_output_shape_is_refused_before_anything_is_run():
         ({"seconds": 0}, "seconds must be a number above 0; got 0"),
         ({"seed": -1}, "seed must be"),
         ({"loss": "l1"}, "loss must be one of 'auto', 'kl', 'mse'; got 'l1'"),
-        ({"teacher": "resnet"}, "teacher must be a module"),
+        ({"teacher": 18}, "teacher must be a module"),
+        ({"labels": 1}, "labels must be True or False; got 1"),
     ],
 )
 def test_a_knob_that_cannot_be_is_refused(knobs, said):
@@ -385,3 +386,90 @@ def test_in_a_fit_the_batches_are_the_trainers_and_the_file_is_what_was_learned(
     )
     state = load_quantized(callback.artifact_path)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class Judged(nn.Module):
+    """Gives a loss by labels beside its outputs, and the labels say the contrary of its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        out = self.body(x)
+        return {"out": out, "loss": nn.functional.cross_entropy(out, self.labels(x))}
+
+    def labels(self, x):
+        return (x.sum(1) > 0).long()
+
+
+def test_labels_draw_the_networks_own_loss_down():
+    model, data = made(Judged), KINDS["mlp"][1](12)
+    losses = {}
+    for labels in (False, True):
+        weights = distilled(model, data, bits=3, steps=300, rate=0.05, labels=labels)
+        pupil = copy.deepcopy(model)
+        pupil.load_state_dict(weights.state_dict())
+        losses[labels] = sum(float(pupil(x)["loss"].detach()) for x in data) / len(data)
+    assert losses[True] < 0.9 * losses[False]
+    # What running the model returns counts too, where it is no output of its own.
+    plain = made(mlp)
+
+    def step(m, x):
+        return nn.functional.cross_entropy(m(x), (x.sum(1) > 0).long())
+
+    recipe = Recipe(3, method=Distill(start=Mse(), labels=True, steps=300, rate=0.05))
+    state = quantize_weights(plain, recipe, Calibration(data, step)).state_dict()
+    before = sum(float(step(plain, x).detach()) for x in data)
+    plain.load_state_dict(state)
+    assert sum(float(step(plain, x).detach()) for x in data) < before
+
+
+def test_labels_without_a_loss_are_refused():
+    with pytest.raises(ArgumentError, match="labels=True trains on the module's own loss too"):
+        distilled(made(mlp), KINDS["mlp"][1](4), labels=True)
+
+
+def test_a_teacher_is_read_from_a_checkpoint(tmp_path):
+    model, data = made(mlp), KINDS["mlp"][1](12)
+    torch.manual_seed(3)
+    teacher = mlp()
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    found = [
+        quantize(model, 4, data=data, method=Distill(start=Mse(), steps=20, teacher=one)).weights
+        for one in (teacher, str(tmp_path / "teacher.pt"), tmp_path / "teacher.pt")
+    ]
+    same(found[0], found[1])
+    same(found[0], found[2])
+    torch.save({"other": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(ArgumentError, match="teacher must be a checkpoint of a Sequential"):
+        quantize(model, 4, data=data, method=Distill(teacher=tmp_path / "other.pt"))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        quantize(model, 4, data=data, method=Distill(teacher=tmp_path / "none.pt"))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        QuantizeOnFitEnd(2, method=Distill(teacher="none.pt"))
+
+
+def test_a_lightning_checkpoint_of_another_size_teaches(tmp_path):
+    wide = TwoConvNet(num_classes=10)
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(wide)
+    trainer.save_checkpoint(tmp_path / "wide.ckpt")
+    model = TwoConvNet()
+    data = [torch.randn(2, 1, 28, 28) for _ in range(2)]
+    method = Distill(start=Mse(), steps=1, teacher=tmp_path / "wide.ckpt")
+    made = quantize(model, 2, data=data, method=method)
+    assert len(made.weights.tensors) == 4
+
+
+def test_auto_distills_at_two_bits_and_not_above():
+    model, data = made(mlp), KINDS["mlp"][1](8)
+    for bits, expected in ((1, True), (2, True), (3, False)):
+        weights = quantize_weights(model, Recipe(bits), Calibration(data))
+        tried = all("distill" in weights.notes.get(name, "") for name in weights.tensors)
+        assert tried is expected
+    free = quantize_weights(model, Recipe(1, method=Auto(distilled=0)), Calibration(data))
+    near = quantize_weights(model, Recipe(1), Calibration(data))
+    held = [data[n] for n in Calibration(data).apart]
+    assert apart(model, near, held) < apart(model, free, held)
+    assert {t.method for t in quantize_weights(model, Recipe(2)).tensors.values()} == {"mse"}

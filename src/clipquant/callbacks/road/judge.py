@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from clipquant.budget.chance import Judged, Parts
+from clipquant.budget.chance import Judged, Parts, jackknife_error
 from clipquant.callbacks.road.data import Portion, combined, kept_generators, validation_loaders
 from clipquant.callbacks.road.parts import Recorder
 from clipquant.callbacks.road.road import Road
@@ -83,6 +83,7 @@ def judge_parts(
             return Judged(metrics, recorder.parts)
         try:
             parts = _passes(road, loaders, name, recorder.batches, what)
+            _check_whole(parts, metrics[name])
         except (
             Exception
         ) as error:  # a step that asks for all batches, a metric that needs every class
@@ -125,6 +126,13 @@ def _passes(road: Road, loaders: Any, name: str, batches: Sequence[float], what:
         if not math.isfinite(values[-1]):
             raise RunError(f"{name} of part {part + 1} is {values[-1]}")
     return Parts.of_means(counts, [n * value for n, value in zip(counts, values, strict=True)])
+
+
+def _check_whole(parts: Parts, whole: float) -> None:
+    """Raise where a metric is nothing like the mean of its parts, as a sum or the largest of all is not."""
+    error = jackknife_error(parts.samples, parts.without, parts.whole)
+    if abs(parts.whole - whole) > 4 * error + 1e-4 * abs(whole):
+        raise RunError("the whole is no mean of its parts")
 
 
 @contextmanager

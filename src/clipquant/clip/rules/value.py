@@ -40,7 +40,7 @@ class Clamp(Plan):
     ) -> Outcome:
         if grads.small:
             return self._write_small_(grads, leave, tell or order is not None, order)
-        outcome = clamp_(grads.tensors, self.limit, leave, tell, order)
+        outcome = clamp_(grads.tensors, self.limit, leave, tell, order, grads.later)
         return outcome.on_all_processes(grads, order)
 
     def _write_small_(

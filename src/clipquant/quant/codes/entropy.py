@@ -61,6 +61,9 @@ class _Decoder:
         found: _Run = self._coder.decode(model, len(run))
         return found
 
+    def left(self) -> bool:
+        return not self._coder.maybe_exhausted()
+
 
 def coder_library() -> Any:
     """Return the library that has the range coder.
@@ -127,6 +130,8 @@ def decode(data: Tensor, grid: Grid, bits: int | Tensor, shape: tuple[int, int])
         _walk(end, matrix, grid, bits, raw[4])
     except (ValueError, AssertionError, OverflowError) as error:
         raise StreamError(str(error)) from error
+    if end.left():
+        raise StreamError("it goes on behind its last code")
     if zlib.crc32(matrix.data) != int.from_bytes(raw[:4], "little"):
         raise StreamError("its codes differ from their checksum")
     return torch.from_numpy(matrix)

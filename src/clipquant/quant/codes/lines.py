@@ -53,7 +53,7 @@ class Lines:
     def split(self, matrix: Codes) -> Codes:
         """Return a matrix as (lines, rows, across), what the last lines lack filled with zeros.
 
-            >>> Lines(1024, 3).split(np.tile(np.array([1, 2, 3], np.uint8), (1024, 1))).shape
+        >>> Lines(1024, 3).split(np.tile(np.array([1, 2, 3], np.uint8), (1024, 1))).shape
         (3, 1024, 1)
         """
         count, across = self.count, self.across

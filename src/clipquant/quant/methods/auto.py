@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.methods.base import Found, Method, Problem, nearest, solved
+from clipquant.quant.methods.distill import Distill
 from clipquant.quant.methods.gptq import Gptq
 from clipquant.quant.methods.mse import Mse
 from clipquant.quant.methods.rtn import Rtn
@@ -22,15 +23,21 @@ class Auto(Method):
         rtn: For wide codes, and for a grid that the reference definition fixes.
         mse: Without data.
         gptq: With data, beside `mse`.
+        distilled: Bits up to which, with data, codes are then trained on the network's outputs, see `Distill`;
+            0: never.
+        seconds: Most that this may take. Where that is reached, two runs may differ.
     """
 
     rtn: Rtn = field(default_factory=Rtn)
     mse: Mse = field(default_factory=Mse)
     gptq: Gptq = field(default_factory=Gptq)
+    distilled: int = 2
+    seconds: float = 60.0
     name: ClassVar[str] = "auto"
     needs_data: ClassVar[bool] = False
     summary: ClassVar[str] = (
-        "`rtn` from 7 bits up; below, `mse` without data and the better of `gptq` and `mse` with it"
+        "`rtn` from 7 bits up; below, `mse` without data and the better of `gptq` and `mse` with it, "
+        "from 2 bits down then `distill`"
     )
 
     def reads_data(self, spec: QuantSpec) -> bool:
@@ -51,4 +58,12 @@ class Auto(Method):
             return plain
         if not problem.calibration:
             return plain.joined(solved(self.mse, rest))
-        return plain.joined(nearest(rest, solved(self.gptq, rest), solved(self.mse, rest)))
+        found = nearest(rest, solved(self.gptq, rest), solved(self.mse, rest))
+        return plain.joined(self._distilled(rest, found))
+
+    def _distilled(self, problem: Problem, found: Found) -> Found:
+        """Return codes that are trained on the network's outputs, where any are narrow and that is nearer."""
+        if all(spec.width > self.distilled for spec in map(problem.specs.get, found.codes) if spec):
+            return found
+        method = Distill(seconds=self.seconds)
+        return method.learned(problem, found, method.wanted(problem))

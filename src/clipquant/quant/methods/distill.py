@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,6 @@ from torch.nn.parameter import is_lazy
 
 from clipquant.errors import ArgumentError
 from clipquant.quant.codes.straight import Latent
-from clipquant.quant.methods.auto import Auto
 from clipquant.quant.methods.base import Found, Method, Problem, matrix_of, solved
 from clipquant.quant.network.batchnorm import reestimate
 from clipquant.quant.network.calibration import Calibration, EndLoop
@@ -51,9 +51,12 @@ class Distill(Method):
             for all else. An output counts as logits if it has two axes or more, and its softmax gives
             the likeliest class a probability of one half or more, on average over a batch.
         seed: Of the order of the batches.
-        teacher: Another network, whose outputs are wanted instead. It is run, frozen and in eval mode, on
-            what the model's own `forward` is given.
-        start: Where to start.
+        teacher: Another network, whose outputs are wanted instead: a module, or the path of a checkpoint of a
+            network of the model's own class. It is run, frozen and in eval mode, on what the model's own
+            `forward` is given.
+        start: Where to start. None: `auto`, without what it would distill itself.
+        labels: Whether the loss that the module computes of its own is trained on too: what `validation_step`
+            returns, or in `quantize` what `forward(model, batch)` does.
 
     Raises:
         ValueError: For a knob that cannot be; from `solve`, for a teacher with outputs of other shapes.
@@ -73,8 +76,9 @@ class Distill(Method):
     patience: int = 8
     loss: Loss = "auto"
     seed: int = 0
-    teacher: nn.Module | None = field(default=None, repr=False)
-    start: Method = field(default_factory=Auto)
+    teacher: nn.Module | str | Path | None = field(default=None, repr=False)
+    start: Method | None = None
+    labels: bool = False
     name: ClassVar[str] = "distill"
     needs_data: ClassVar[bool] = True
     summary: ClassVar[str] = (
@@ -92,10 +96,29 @@ class Distill(Method):
             TypeError: If the model's outputs for a batch hold no floating tensor.
         """
         check_finite(problem.targets)
-        last = problem.targets[-1].name.rpartition(".")[0]
-        wanted = Wanted(problem.model, problem.data, last, self.teacher, self.loss, self.seed)
+        wanted = self.wanted(problem)
         wanted.check_teacher()
-        return self.learned(problem, solved(self.start, problem), wanted)
+        wanted.check_labels()
+        return self.learned(problem, solved(self._first(), problem), wanted)
+
+    def wanted(self, problem: Problem) -> Wanted:
+        """Return what is wanted of a problem's network."""
+        if isinstance(self.teacher, (str, Path)):
+            raise ArgumentError(
+                f"a teacher on disk is read by quantize() and QuantizeOnFitEnd; got the path {str(self.teacher)!r} in "
+                "a method that is solved by itself. Give it the module."
+            )
+        last = problem.targets[-1].name.rpartition(".")[0]
+        knobs = (self.teacher, self.loss, self.seed, self.labels)
+        return Wanted(problem.model, problem.data, last, *knobs)
+
+    def _first(self) -> Method:
+        """Return what codes are learned from."""
+        if self.start is not None:
+            return self.start
+        from clipquant.quant.methods.auto import Auto  # which distills itself
+
+        return Auto(distilled=0)
 
     def learned(self, problem: Problem, start: Found, wanted: Wanted) -> Found:
         """Return what is trained from `start` on, or `start` where that is no nearer to what is wanted."""
@@ -286,7 +309,10 @@ def _check(knobs: Distill) -> None:
         raise ArgumentError(f"seed must be a whole number, 0 or more; got {knobs.seed!r}.")
     if knobs.loss not in ("auto", "kl", "mse"):
         raise ArgumentError(f"loss must be one of 'auto', 'kl', 'mse'; got {knobs.loss!r}.")
-    if knobs.teacher is not None and not isinstance(knobs.teacher, nn.Module):
+    if not isinstance(knobs.labels, bool):
+        raise ArgumentError(f"labels must be True or False; got {knobs.labels!r}.")
+    if knobs.teacher is not None and not isinstance(knobs.teacher, (nn.Module, str, Path)):
         raise ArgumentError(
-            f"teacher must be a module, or None for the float network; got {knobs.teacher!r}."
+            "teacher must be a module, the path of a checkpoint, or None for the float network; got "
+            f"{knobs.teacher!r}."
         )

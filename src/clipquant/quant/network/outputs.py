@@ -33,7 +33,14 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def outputs_of(twin: Twin, batch: Any, forward: Forward, last: str) -> list[Tensor]:
-    """Return the tensors that judge a model on a batch.
+    """Return the tensors that judge a model on a batch; see `outputs_and_return`."""
+    return outputs_and_return(twin, batch, forward, last)[0]
+
+
+def outputs_and_return(
+    twin: Twin, batch: Any, forward: Forward, last: str
+) -> tuple[list[Tensor], Any]:
+    """Return the tensors that judge a model on a batch, and what running it returned.
 
     They are what the model's own `forward` returns when `forward(model, batch)` calls it, however
     often; else what its module `last` returns.
@@ -48,7 +55,7 @@ def outputs_of(twin: Twin, batch: Any, forward: Forward, last: str) -> list[Tens
         for module, seen in ((twin.model, whole), (submodule(twin.model, last), ends))
     ]
     try:
-        twin.run(forward, batch)
+        returned = twin.run(forward, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -57,7 +64,22 @@ def outputs_of(twin: Twin, batch: Any, forward: Forward, last: str) -> list[Tens
             "learned rounding compares outputs, and the model returned no floating tensor for a batch "
             f"({type(batch).__name__}). Let forward() return one, or choose method='gptq'."
         )
-    return whole or ends
+    return whole or ends, returned
+
+
+def loss_in(outputs: Sequence[Tensor], returned: Any) -> Tensor | None:
+    """Return the loss that a model computes of its own: a number returned, or among its outputs.
+
+    Args:
+        outputs: The model's.
+        returned: What running it returned.
+
+    >>> loss_in([torch.ones(2, 3)], {"loss": torch.tensor(0.5)})
+    tensor(0.5000)
+    """
+    held = returned.get("loss") if isinstance(returned, Mapping) else returned
+    found = [t for t in (*tensors_of(held), *outputs) if t.dim() == 0]
+    return found[0] if found else None
 
 
 def distances(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clipquant.errors import ArgumentError
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.decisions import Decisions
-from clipquant.quant.network.outputs import distance, outputs_of, tensors_of
+from clipquant.quant.network.outputs import distance, loss_in, outputs_and_return, tensors_of
 from clipquant.quant.network.state import seeded
 from clipquant.quant.network.twin import Twin, twin_of
 
@@ -33,6 +33,7 @@ class Wanted:
         teacher: Another network, which is left as it is; None: the float network's outputs are wanted.
         loss: How outputs are compared; see `loss_of`.
         seed: Of what a network draws while it runs, the same for both.
+        labels: Whether the loss that the model computes of its own, by labels, counts as well.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Wanted:
         teacher: nn.Module | None = None,
         loss: Loss = "auto",
         seed: int = 0,
+        labels: bool = False,
     ) -> None:
         self.exact, self.calibration, self.last = Twin(model), calibration, last
-        self.loss, self.seed = loss, seed
+        self.loss, self.seed, self.labels = loss, seed, labels
         self.teacher: nn.Module | None = None
         if teacher is not None:
             own = next(iter(model.parameters()))
@@ -78,14 +80,30 @@ class Wanted:
         if self.teacher is not None:
             self.calibration.each(visit, [0])
 
+    def check_labels(self) -> None:
+        """Raise unless the model computes a loss of its own for the first batch, where it shall count."""
+
+        def visit(number: int, batch: Any) -> None:
+            with torch.no_grad():
+                if self._run(self.exact, number, batch)[1] is None:
+                    raise ArgumentError(
+                        "labels=True trains on the module's own loss too, and running it returned none. Return the "
+                        "loss from validation_step (without a Trainer: from forward(model, batch), or as an output), "
+                        "or leave labels out."
+                    )
+
+        if self.labels:
+            self.calibration.each(visit, [0])
+
     def error(self, twin: Twin, number: int, batch: Any) -> Tensor:
-        """Return how far a network's outputs for a batch are from those wanted."""
+        """Return how far a network's outputs for a batch are from those wanted, and its own loss beside."""
         wanted, taken = self._wanted(number, batch)
         with taken.followed():
-            own = self._outputs(twin, number, batch)
+            own, loss = self._run(twin, number, batch)
         if self.kinds is None:
             self.kinds = [are_logits(w) for w in wanted]
-        return loss_of(own, wanted, self.kinds, self.loss)
+        apart = loss_of(own, wanted, self.kinds, self.loss)
+        return apart + loss.float() if self.labels and loss is not None else apart
 
     def mean_error(self, twin: Twin) -> float:
         """Return the mean over the batches held apart, or over all where there are none."""
@@ -101,9 +119,14 @@ class Wanted:
         return total / len(numbers)
 
     def _outputs(self, twin: Twin, number: int, batch: Any) -> list[Tensor]:
+        return self._run(twin, number, batch)[0]
+
+    def _run(self, twin: Twin, number: int, batch: Any) -> tuple[list[Tensor], Tensor | None]:
+        """Return a network's outputs, and the loss that it computes of its own."""
         with seeded(self.seed + number):
-            found = outputs_of(twin, batch, self.calibration.forward, self.last)
-        return [t for t in found if t.dim()] or found  # a loss of its own is no output
+            found, returned = outputs_and_return(twin, batch, self.calibration.forward, self.last)
+        own = [t for t in found if t.dim()] or found  # a loss of its own is no output
+        return own, loss_in(found, returned)
 
     def _wanted(self, number: int, batch: Any) -> tuple[list[Tensor], Decisions]:
         """Return the outputs wanted, and what the float network decided on the way."""

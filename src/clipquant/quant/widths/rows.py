@@ -81,13 +81,26 @@ def solve_rows(
     dtype = _scale_dtype(matrix.float(), widths, group_size)
     tables = []
     for g, part in enumerate(parts):
-        hessian, mean = moments.hessian[g], moments.mean[g]
-        if centred:
-            moving = varying(hessian, mean)
-            hessian = (hessian - torch.outer(mean, mean)) * torch.outer(moving, moving)
-        problem = _Problem.of(part, hessian, group_size, dtype, knobs or RowGptq())
-        tables.append(_solve_part(problem, widths, mean if centred else None))
+        problem = _Problem.of(
+            part, row_hessian(moments, g, centred), group_size, dtype, knobs or RowGptq()
+        )
+        tables.append(_solve_part(problem, widths, moments.mean[g] if centred else None))
     return RowTable.stack(tables)
+
+
+def row_hessian(moments: Moments, part: int, centred: bool) -> Tensor:
+    """Return H of one part of a weight's rows, (columns, columns), the mean error left out where `centred`."""
+    hessian, mean = moments.hessian[part], moments.mean[part]
+    if not centred:
+        return hessian
+    moving = varying(hessian, mean)
+    return (hessian - torch.outer(mean, mean)) * torch.outer(moving, moving)
+
+
+def damped_hessian(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """Return H with its pull towards the float weights."""
+    nothing = OutputError(hessian, hessian.new_zeros(1, len(hessian)), hessian.new_zeros(1))
+    return nothing.damped(torch.zeros_like(hessian[:1]), damping).hessian
 
 
 def _scale_dtype(matrix: Tensor, widths: Sequence[int], group_size: int) -> torch.dtype:
