@@ -23,6 +23,7 @@ from clipquant.quant.codes.coding import Coding, check_coding
 from clipquant.quant.codes.spec import MAX_BITS, Granularity
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.methods import Method
+from clipquant.quant.network.bare import on_bare
 from clipquant.quant.network.calibration import (
     Calibration,
     Forward,
@@ -43,6 +44,7 @@ from clipquant.report.worries import boundless
 
 @naming_keywords(OF_QUANTIZING)
 @torch.inference_mode(False)
+@on_bare
 def quantize(
     model: nn.Module,
     bits: int | Literal["auto"] = 8,
@@ -179,7 +181,7 @@ def _warned(made: QuantizedModel) -> QuantizedModel:
     """Return the same, after a warning where the network is likely harmed and where a budget bounds nothing."""
     harmed = f"The quantized network is {made.report.warning}" if made.report.warning else ""
     for said in filter(None, (harmed, boundless(made.report))):
-        warnings.warn(f"{said}.", stacklevel=4)
+        warnings.warn(f"{said}.", stacklevel=6)
     return made
 
 
