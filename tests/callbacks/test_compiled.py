@@ -114,11 +114,7 @@ def test_parameters_of_a_compiled_part_are_chosen_by_the_names_of_their_author(
     tmp_path: Path,
 ) -> None:
     clip = GradientClipCallback(AGC(0.001), include=["body.0.*"], log="params")
-<<<<<<< HEAD
-    net = fit(tmp_path, way, clip)[1]
-=======
     net = fit(tmp_path, "nested", clip)[1]
->>>>>>> main
     reference = fit(tmp_path / "plain", "", GradientClipCallback(AGC(0.001), include=["body.0.*"]))[
         1
     ]
