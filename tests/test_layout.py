@@ -47,6 +47,7 @@ REASONS = {
     "clip/outcome.py": "a record; clip/test_apply.py shows what it tells",
     "clip/shards.py": "clip/test_distributed.py runs it in two processes",
     "export/parts/format.py": "export/test_formats.py: a format of one's own through all that reads one",
+    "export/parts/learned.py": "callbacks/test_qat.py: ranges that were trained in an int8 file",
     "export/parts/needs.py": "export/test_formats.py: what is missing is named",
     "export/parts/onnx_graph.py": "export/test_onnx.py and test_onnx_int8.py: every file is made of it",
     "export/parts/subject.py": "records; export/test_formats.py shows what they refuse",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -24,8 +25,10 @@ from clipquant.callbacks.qat_checks import (
     pruned_names,
     settings_of,
 )
+from clipquant.callbacks.quantize_checks import check_choice
 from clipquant.callbacks.rehearsal import is_built
 from clipquant.callbacks.road.guest import copy_module
+from clipquant.callbacks.road.ranks import gathered
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.keywords import OF_QUANTIZING, naming_keywords
@@ -38,7 +41,8 @@ from clipquant.quant.network.layers import Target
 from clipquant.quant.recipe import Recipe
 from clipquant.quant.training.grid_steps import GridSteps
 from clipquant.quant.training.learned_grid import LearnedGrid, first_grid
-from clipquant.quant.training.swap import put_on, take_off
+from clipquant.quant.training.learned_range import LearnedRange
+from clipquant.quant.training.swap import fed_weights, put_on, take_off
 from clipquant.quant.training.tutor import Tutor
 
 CALIBRATION_BATCHES = 16  # the last ones before the start, by which bits="auto" chooses
@@ -76,6 +80,9 @@ class QuantizationAwareTraining(Callback):
         levels: Number of steps of the grid, instead of the most that `bits` allow; bits=2, levels=2 is ternary.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width; pruned weights,
             those of a `SparsifyWeights` among them, get one.
+        activations: 8: the inputs of linear and convolution layers are fake-quantized too, from 16 batches after
+            the start on, on ranges that are learned; an export "onnx-int8" computes with these. None: they
+            stay in float, as they do in the module after the fit.
 
     Attributes:
         trained: After the fit, state-dict key -> its `TrainedGrid`; empty if the fit ended before `start`.
@@ -107,6 +114,7 @@ class QuantizationAwareTraining(Callback):
         granularity: Literal["tensor", "channel"] | int | None = None,
         levels: int | None = None,
         symmetric: bool | None = None,
+        activations: Literal[8] | None = None,
     ) -> None:
         self.auto = bits == "auto"
         width = MAX_BITS if bits == "auto" else bits
@@ -116,6 +124,9 @@ class QuantizationAwareTraining(Callback):
         self.start = as_share("start", start)
         self.learn_scale = bool(learn_scale)
         self.distill = as_weight(distill)
+        check_choice("activations", activations, (8, None))
+        self.activations = activations
+        self._inputs: dict[str, LearnedRange] = {}
         self.trained: Mapping[str, TrainedGrid] = {}
         self.float_metrics: Mapping[str, float] = {}
         self._batches: deque[Any] = deque(maxlen=CALIBRATION_BATCHES)
@@ -154,6 +165,8 @@ class QuantizationAwareTraining(Callback):
                 self._batches.append(batch)
             if self.start == 0 or (done is not None and done >= self.start):
                 self._begin_(trainer, pl_module)
+        elif self._inputs:
+            self._begin_inputs_()
         if self._tutor is not None:
             self._tutor.weigh(self._factor(trainer))
 
@@ -199,8 +212,11 @@ class QuantizationAwareTraining(Callback):
         """
         if self._grids:
             take_off(pl_module)
+            ends = {name: learned.now() for name, learned in self._inputs.items()}
             self.trained = {
-                name: grid.now().to(parameter_at(pl_module, name).device)
+                name: replace(
+                    grid.now().to(parameter_at(pl_module, name).device), inputs=ends.get(name)
+                )
                 for name, grid in self._grids.items()
             }
             hold_trained_(pl_module, self.trained)
@@ -231,6 +247,7 @@ class QuantizationAwareTraining(Callback):
             }
         if self._steps is not None:
             state |= {"grids": grids, "steps": self._steps.state_dict()}
+            state |= {"inputs": {n: learned.state_dict() for n, learned in self._inputs.items()}}
         if self._tutor is not None:
             state |= {"float": self._tutor.state_dict()}
         return state
@@ -252,7 +269,29 @@ class QuantizationAwareTraining(Callback):
         for name, first in self._first_grids(trainer, pl_module, targets).items():
             self._grids[name] = LearnedGrid.of(first, self.learn_scale)
         self._batches.clear()
+        if self.activations is not None:
+            if is_compiled(pl_module):
+                raise ArgumentError(
+                    f"activations={self.activations} needs inputs that a compiled module does not show. Leave it out, "
+                    "or train uncompiled."
+                )
+            fed = fed_weights(pl_module, self._grids)
+            devices = {name: parameter_at(pl_module, name).device for name in fed}
+            self._inputs = {n: LearnedRange.new(d, self.learn_scale) for n, d in devices.items()}
         self._put_on_(pl_module)
+
+    def _begin_inputs_(self) -> None:
+        """Begin to quantize inputs whose ranges have been seen on batches enough, in every process the same."""
+        waiting = {n: r for n, r in self._inputs.items() if r.seen > 0}
+        begun = any(r.scale is not None for r in waiting.values())
+        if begun or max((r.seen for r in waiting.values()), default=0) < CALIBRATION_BATCHES:
+            return
+        ends = torch.stack([learned.ends for learned in waiting.values()]).cpu()
+        ends = torch.stack(gathered(ends)).mean(0)
+        for own, (name, learned) in zip(ends, waiting.items(), strict=True):
+            learned.begin_(own)
+            if self._steps is not None:
+                self._steps.add_(name, list(learned.leaves()))
 
     def _first_grids(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: list[Target]
@@ -274,6 +313,11 @@ class QuantizationAwareTraining(Callback):
         for target in targets:
             state, device = self._loaded["grids"][target.name], target.weight.device
             self._grids[target.name] = LearnedGrid.from_state_dict(state, self.learn_scale, device)
+            if target.name in self._loaded.get("inputs", {}):
+                seen = self._loaded["inputs"][target.name]
+                self._inputs[target.name] = LearnedRange.from_state_dict(
+                    seen, self.learn_scale, device
+                )
         if self.distill:
             self._tutor = self._tutor_of(pl_module)
             self._tutor.load_state_dict(self._loaded.get("float", {}))
@@ -282,8 +326,11 @@ class QuantizationAwareTraining(Callback):
             self._steps.load_state_dict(self._loaded.get("steps", {}))
 
     def _put_on_(self, pl_module: pl.LightningModule) -> None:
-        put_on(pl_module, self._grids)
+        put_on(pl_module, self._grids, self._inputs)
         self._steps = GridSteps(self._grids)
+        for name, learned in self._inputs.items():
+            if learned.scale is not None:
+                self._steps.add_(name, list(learned.leaves()))
         if self._tutor is not None:
             self._tutor.attach_(pl_module)
         if is_compiled(pl_module):
@@ -304,7 +351,10 @@ class QuantizationAwareTraining(Callback):
             for name, state in self._loaded["grids"].items():
                 device = parameter_at(pl_module, name).device
                 self._grids[name] = LearnedGrid.from_state_dict(state, False, device)
-            put_on(pl_module, self._grids)
+                if name in self._loaded.get("inputs", {}):
+                    seen = self._loaded["inputs"][name]
+                    self._inputs[name] = LearnedRange.from_state_dict(seen, False, device)
+            put_on(pl_module, self._grids, self._inputs)
 
     def _factor(self, trainer: pl.Trainer) -> float:
         """Return what a batch's loss is multiplied by before its backward pass."""
@@ -315,7 +365,7 @@ class QuantizationAwareTraining(Callback):
     def _forget_(self) -> None:
         if self._tutor is not None:
             self._tutor.detach_()
-        self._grids, self._steps, self._tutor = {}, None, None
+        self._grids, self._steps, self._tutor, self._inputs = {}, None, None, {}
         self._loaded, self._peaks = {}, {}
 
 

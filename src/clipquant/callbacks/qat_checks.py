@@ -123,6 +123,7 @@ def settings_of(callback: Any) -> dict[str, Any]:
         "symmetric": recipe.symmetric,
         "granularity": recipe.granularity,
         "overrides": dict(recipe.overrides or {}),
+        "activations": callback.activations,
     }
 
 
