@@ -113,7 +113,7 @@ class FitEnd:
 
     def run_apart(self, made: QuantizedModel) -> Outcome:
         """Return what came of weights that were quantized a layer at a time: nothing is run on them."""
-        made = self._reported(None, made, Judged({}))
+        made = self._reported(None, self._coded(made), Judged({}))
         made, path = self._saved(made)
         return self._ended(made.reported(failures=self.failures.told()), path)
 

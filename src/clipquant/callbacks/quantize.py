@@ -306,7 +306,7 @@ bits='auto' with max_drop or max_size to have it chosen.
             outcome = self._outcome(trainer, pl_module, sharding)
         made = outcome.made
         outcome = _told(trainer, replace(outcome, made=None))
-        sharding.write_back_(made)
+        sharding.write_back_(made, every=len(_quantizers(trainer)) > 1)
         return outcome
 
     @property

@@ -66,10 +66,8 @@ class Sharding:
     @contextmanager
     def put_together(self) -> Iterator[None]:
         """Let the module be whole for a while, in the process that has gathered it, as if trained there."""
-        with bare(self.module):
-            near = {k: t.detach().cpu() for k, t in self._local() if t.device.type != "cpu"}
-            with bare(self.module, {**near, **self.floats}):
-                yield
+        with bare(self.module, self.floats):
+            yield
 
     def _local(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that every process has whole."""
@@ -81,6 +79,7 @@ class Sharding:
         A failure in any process is told to all, and then nothing counts as gathered.
         """
         self._told_(self._gather_shares_)
+        self._take_local_()
         self.gathered = True
 
     def rehearse(self, rehearsal: Callable[[], tuple[Failure, ...]]) -> tuple[Failure, ...]:
@@ -92,12 +91,20 @@ class Sharding:
         if not self.whole:
             return ()  # nothing will be run
         self._told_(self._gather_floats_)
+        self._take_local_()
         found: tuple[Failure, ...] = (self.failure(),) if self.failed else ()
         if dist.get_rank() == 0 and not self.failed:
             with self.put_together():
                 found = rehearsal()
         self.floats, self.failed = {}, ""
         return found
+
+    def _take_local_(self) -> None:
+        """Keep, in the first process, what every process has whole, as it is now."""
+        if dist.get_rank() == 0:
+            with bare(self.module):
+                own = {k: t.detach().to("cpu", copy=True) for k, t in self._local()}
+            self.floats = {**own, **self.floats}
 
     def _told_(self, step: Callable[[], None]) -> None:
         said = ""
@@ -167,19 +174,19 @@ class Sharding:
             state = {k: v for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
         size = sum(v.nbytes for k, v in state.items() if k not in selection.aliases)
         taken = {*(t.name for t in selection.targets), *selection.aliases}
-        rest = {k: self.floats.get(k, v) for k, v in state.items() if k not in taken}
-        rest = {k: v.detach().cpu().clone().contiguous() for k, v in rest.items()}
+        rest = {k: self.floats[k].contiguous() for k in state if k not in taken}
         return assembled(selection, self.shares, rest, size)
 
-    def write_back_(self, made: QuantizedModel | None) -> None:
+    def write_back_(self, made: QuantizedModel | None, every: bool = False) -> None:
         """Give every process its part of the dequantized weights; a collective.
 
         Args:
             made: In the first process, what is in the file; None: nothing, and the module stays as it is.
+            every: Whether other tensors are written too that are as they were when they were gathered.
         """
         with bare(self.module):
             local = dict(self._local())
-        keys = from_first(None if made is None else _changed(made, {**local, **self.floats}))
+        keys = from_first(None if made is None else _changed(made, {} if every else self.floats))
         held = {} if made is None else {**made.weights.floats, **made.weights.tensors}
         failed = write_back_(self.engine, local, keys or (), held.__getitem__, _opened)
         self.floats, self.shares = {}, {}
@@ -276,14 +283,10 @@ def when_train_ends(trainer: pl.Trainer, work: Callable[[], None]) -> None:
 
 
 def _changed(made: QuantizedModel, before: Mapping[str, Tensor]) -> frozenset[str]:
-    """Return the keys whose tensors in the file are others than the module's."""
+    """Return the keys whose tensors in the file are others than they were."""
     floats = made.weights.floats
-    moved = {k for k, v in floats.items() if k in before and not _same(v, before[k])}
+    moved = {k for k, v in floats.items() if k not in before or not torch.equal(v.cpu(), before[k])}
     return frozenset({*made.weights.tensors, *moved})
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.cpu(), other.detach().cpu())
 
 
 def _opened(held: QuantizedTensor | Tensor) -> Tensor:

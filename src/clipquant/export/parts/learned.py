@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clipquant.export.example import Example
-from clipquant.export.parts.qdq import MULTIPLIED, ActivationRanges, _places, activation_ranges
+from clipquant.export.parts.places import places_of
+from clipquant.export.parts.qdq import MULTIPLIED, ActivationRanges, activation_ranges
 from clipquant.quant.codes.weights import QuantizedWeights
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def trained_ranges(
         place.name: ends[key]
         for key, tensor in weights.tensors.items()
         if key in ends
-        for place in _places(tensor, floats)
+        for place in places_of(tensor, floats)
     }
     learned: dict[str, tuple[float, float]] = {}
     for node in graph.node:
