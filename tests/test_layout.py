@@ -74,6 +74,7 @@ REASONS = {
     "quant/network/watches.py": "quant/methods/test_layerwise.py: every kind of layer, used once, twice or never",
     "quant/packed/layers.py": "quant/packed/test_modules.py: every kind of layer",
     "quant/packed/weight.py": "quant/packed/test_modules.py: every width and layout",
+    "quant/training/running.py": "callbacks/test_qat.py: begun, resumed and finished in real fits",
     "quant/widths/table.py": "quant/widths/test_rows.py: rows at every width",
     "report/digits.py": "report/test_table.py, and its examples",
     "report/summary.py": "report/test_table.py and test_record.py: what is printed",

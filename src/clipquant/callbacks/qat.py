@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,6 +20,7 @@ from clipquant.callbacks.qat_checks import (
     check_beside,
     check_resumed,
     check_zero_codes,
+    forget_compiled,
     is_compiled,
     pruned_names,
     settings_of,
@@ -32,17 +32,14 @@ from clipquant.callbacks.road.ranks import gathered
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.keywords import OF_QUANTIZING, naming_keywords
-from clipquant.quant.codes.paths import parameter_at
 from clipquant.quant.codes.spec import MAX_BITS
-from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.codes.zeros import is_pruned, with_zero
 from clipquant.quant.network.layers import Target
 from clipquant.quant.recipe import Recipe
-from clipquant.quant.training.grid_steps import GridSteps
-from clipquant.quant.training.learned_grid import LearnedGrid, first_grid
-from clipquant.quant.training.learned_range import LearnedRange
-from clipquant.quant.training.swap import fed_weights, put_on, take_off
+from clipquant.quant.training.learned_grid import first_grid
+from clipquant.quant.training.running import Running
+from clipquant.quant.training.swap import take_off
 from clipquant.quant.training.tutor import Tutor
 
 CALIBRATION_BATCHES = 16  # the last ones before the start, by which bits="auto" chooses
@@ -126,13 +123,10 @@ class QuantizationAwareTraining(Callback):
         self.distill = as_weight(distill)
         check_choice("activations", activations, (8, None))
         self.activations = activations
-        self._inputs: dict[str, LearnedRange] = {}
         self.trained: Mapping[str, TrainedGrid] = {}
         self.float_metrics: Mapping[str, float] = {}
         self._batches: deque[Any] = deque(maxlen=CALIBRATION_BATCHES)
-        self._grids: dict[str, LearnedGrid] = {}
-        self._steps: GridSteps | None = None
-        self._tutor: Tutor | None = None
+        self._running: Running | None = None
         self._loaded: dict[str, Any] = {}
         self._peaks: dict[str, float] = {}  # index of an optimizer -> its largest rate so far
 
@@ -157,7 +151,7 @@ class QuantizationAwareTraining(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to quantize where the fit has come far enough."""
-        if not self._grids and is_built(pl_module):
+        if self._running is None and is_built(pl_module):
             done = share_done(trainer)
             if done is None:
                 check_course(trainer, "start", self.start)
@@ -165,10 +159,10 @@ class QuantizationAwareTraining(Callback):
                 self._batches.append(batch)
             if self.start == 0 or (done is not None and done >= self.start):
                 self._begin_(trainer, pl_module)
-        elif self._inputs:
-            self._begin_inputs_()
-        if self._tutor is not None:
-            self._tutor.weigh(self._factor(trainer))
+        elif self._running is not None:
+            self._running.begin_inputs_(_mean_of_all)
+        if self._running is not None and self._running.tutor is not None:
+            self._running.tutor.weigh(self._factor(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -177,15 +171,12 @@ class QuantizationAwareTraining(Callback):
         rate = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
         number = str(next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0))
         peak = self._peaks[number] = max(rate, self._peaks.get(number, 0.0))
-        if self._steps is None:
-            return
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        names = [name for name in self._grids if id(parameter_at(pl_module, name)) in own]
-        scaler = scaler_of(trainer)
-        factor = 1.0 if scaler is None else float(scaler.get_scale())
-        several = trainer.world_size > 1
-        mean = (lambda t: _mean(trainer, t)) if several else None
-        self._steps.step_(names, rate / peak if peak else 0.0, factor, mean)
+        if self._running is not None:
+            scaler, several = scaler_of(trainer), trainer.world_size > 1
+            factor = 1.0 if scaler is None else float(scaler.get_scale())
+            mean = (lambda t: _mean(trainer, t)) if several else None
+            share = rate / peak if peak else 0.0
+            self._running.step_(pl_module, optimizer, share, factor, mean)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluate_(trainer, pl_module)
@@ -210,16 +201,8 @@ class QuantizationAwareTraining(Callback):
 
         Asked a second time it changes nothing.
         """
-        if self._grids:
-            take_off(pl_module)
-            ends = {name: learned.now() for name, learned in self._inputs.items()}
-            self.trained = {
-                name: replace(
-                    grid.now().to(parameter_at(pl_module, name).device), inputs=ends.get(name)
-                )
-                for name, grid in self._grids.items()
-            }
-            hold_trained_(pl_module, self.trained)
+        if self._running is not None:
+            self.trained = self._running.finish_(pl_module)
             self._forget_()
         return self.trained
 
@@ -240,17 +223,10 @@ class QuantizationAwareTraining(Callback):
             "peaks": dict(self._peaks),
             "float_metrics": dict(self.float_metrics),
         }
-        grids = {name: grid.state_dict() for name, grid in self._grids.items()}
-        if not grids and self.trained:
-            return state | {
-                "grids": {name: grid.state_dict() for name, grid in self.trained.items()}
-            }
-        if self._steps is not None:
-            state |= {"grids": grids, "steps": self._steps.state_dict()}
-            state |= {"inputs": {n: learned.state_dict() for n, learned in self._inputs.items()}}
-        if self._tutor is not None:
-            state |= {"float": self._tutor.state_dict()}
-        return state
+        if self._running is not None:
+            return state | self._running.state_dict()
+        grids = {name: grid.state_dict() for name, grid in self.trained.items()}
+        return state | {"grids": grids} if grids else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
@@ -264,34 +240,17 @@ class QuantizationAwareTraining(Callback):
         """Find the grids of the weights as they are now, and quantize from here on."""
         targets = self._targets(pl_module)
         check_zero_codes(self, trainer, pl_module, targets)
-        if self.distill:
-            self._tutor = self._tutor_of(pl_module)
-        for name, first in self._first_grids(trainer, pl_module, targets).items():
-            self._grids[name] = LearnedGrid.of(first, self.learn_scale)
+        tutor = self._tutor_of(pl_module)
+        if self.activations is not None and is_compiled(pl_module):
+            raise ArgumentError(
+                f"activations={self.activations} needs inputs that a compiled module does not show. Leave it out, or "
+                "train uncompiled."
+            )
+        first = self._first_grids(trainer, pl_module, targets)
         self._batches.clear()
-        if self.activations is not None:
-            if is_compiled(pl_module):
-                raise ArgumentError(
-                    f"activations={self.activations} needs inputs that a compiled module does not show. Leave it out, "
-                    "or train uncompiled."
-                )
-            fed = fed_weights(pl_module, self._grids)
-            devices = {name: parameter_at(pl_module, name).device for name in fed}
-            self._inputs = {n: LearnedRange.new(d, self.learn_scale) for n, d in devices.items()}
-        self._put_on_(pl_module)
-
-    def _begin_inputs_(self) -> None:
-        """Begin to quantize inputs whose ranges have been seen on batches enough, in every process the same."""
-        waiting = {n: r for n, r in self._inputs.items() if r.seen > 0}
-        begun = any(r.scale is not None for r in waiting.values())
-        if begun or max((r.seen for r in waiting.values()), default=0) < CALIBRATION_BATCHES:
-            return
-        ends = torch.stack([learned.ends for learned in waiting.values()]).cpu()
-        ends = torch.stack(gathered(ends)).mean(0)
-        for own, (name, learned) in zip(ends, waiting.items(), strict=True):
-            learned.begin_(own)
-            if self._steps is not None:
-                self._steps.add_(name, list(learned.leaves()))
+        activations = self.activations is not None
+        self._running = Running.begin(pl_module, first, self.learn_scale, activations, tutor)
+        forget_compiled(pl_module)
 
     def _first_grids(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: list[Target]
@@ -310,33 +269,14 @@ class QuantizationAwareTraining(Callback):
     def _go_on_(self, pl_module: pl.LightningModule, targets: list[Target]) -> None:
         """Go on with the grids of a checkpoint."""
         check_resumed(self, self._loaded, [target.name for target in targets])
-        for target in targets:
-            state, device = self._loaded["grids"][target.name], target.weight.device
-            self._grids[target.name] = LearnedGrid.from_state_dict(state, self.learn_scale, device)
-            if target.name in self._loaded.get("inputs", {}):
-                seen = self._loaded["inputs"][target.name]
-                self._inputs[target.name] = LearnedRange.from_state_dict(
-                    seen, self.learn_scale, device
-                )
-        if self.distill:
-            self._tutor = self._tutor_of(pl_module)
-            self._tutor.load_state_dict(self._loaded.get("float", {}))
-        self._put_on_(pl_module)
-        if self._steps is not None:
-            self._steps.load_state_dict(self._loaded.get("steps", {}))
+        tutor = self._tutor_of(pl_module)
+        self._running = Running.from_state_dict(self._loaded, pl_module, self.learn_scale, tutor)
+        forget_compiled(pl_module)
 
-    def _put_on_(self, pl_module: pl.LightningModule) -> None:
-        put_on(pl_module, self._grids, self._inputs)
-        self._steps = GridSteps(self._grids)
-        for name, learned in self._inputs.items():
-            if learned.scale is not None:
-                self._steps.add_(name, list(learned.leaves()))
-        if self._tutor is not None:
-            self._tutor.attach_(pl_module)
-        if is_compiled(pl_module):
-            torch.compiler.reset()  # what was compiled reads the weights themselves
-
-    def _tutor_of(self, pl_module: pl.LightningModule) -> Tutor:
+    def _tutor_of(self, pl_module: pl.LightningModule) -> Tutor | None:
+        """Return the float network as it is now, where it shall teach."""
+        if not self.distill:
+            return None
         if is_compiled(pl_module):
             raise ArgumentError(
                 f"distill needs outputs that a compiled module does not show; got distill={self.distill:g} beside "
@@ -347,14 +287,8 @@ class QuantizationAwareTraining(Callback):
     def _evaluate_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run a checkpoint's weights as they were trained, where one is evaluated by itself."""
         fitting = trainer.state.fn == "fit"
-        if not fitting and self._loaded.get("grids") and not self._grids:
-            for name, state in self._loaded["grids"].items():
-                device = parameter_at(pl_module, name).device
-                self._grids[name] = LearnedGrid.from_state_dict(state, False, device)
-                if name in self._loaded.get("inputs", {}):
-                    seen = self._loaded["inputs"][name]
-                    self._inputs[name] = LearnedRange.from_state_dict(seen, False, device)
-            put_on(pl_module, self._grids, self._inputs)
+        if not fitting and self._loaded.get("grids") and self._running is None:
+            self._running = Running.from_state_dict(self._loaded, pl_module, learn=False)
 
     def _factor(self, trainer: pl.Trainer) -> float:
         """Return what a batch's loss is multiplied by before its backward pass."""
@@ -363,25 +297,15 @@ class QuantizationAwareTraining(Callback):
         return scale / max(trainer.accumulate_grad_batches, 1)
 
     def _forget_(self) -> None:
-        if self._tutor is not None:
-            self._tutor.detach_()
-        self._grids, self._steps, self._tutor, self._inputs = {}, None, None, {}
-        self._loaded, self._peaks = {}, {}
-
-
-def hold_trained_(module: torch.nn.Module, trained: Mapping[str, TrainedGrid]) -> None:
-    """Give weights the values that their trained grids make of them, in place.
-
-    Args:
-        module: Any module that holds them.
-        trained: State-dict key -> grid.
-    """
-    with torch.no_grad():
-        for name, grid in trained.items():
-            parameter = parameter_at(module, name)
-            parameter.copy_(dequantize(grid.to(parameter.device).tensor(parameter)))
+        if self._running is not None:
+            self._running.detach_()
+        self._running, self._loaded, self._peaks = None, {}, {}
 
 
 def _mean(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     reduced: Tensor = trainer.strategy.reduce(tensor, reduce_op="mean")
     return reduced
+
+
+def _mean_of_all(tensor: Tensor) -> Tensor:
+    return torch.stack(gathered(tensor.cpu())).mean(0)
