@@ -13,6 +13,7 @@ from clipquant.artifact.envelope import open_sealed, read_bytes
 from clipquant.artifact.fault import ArtifactError
 from clipquant.artifact.weights import Parts, packed_weight, unpacked_weight
 from clipquant.errors import ArgumentError, ArgumentTypeError
+from clipquant.quant.network.bare import on_bare
 
 
 def load_quantized(
@@ -64,12 +65,20 @@ directory.
             )
         return parse(read_bytes(path), path, {}, max_constant_bytes).weights.state_dict()
     parts = Parts(open_sealed(read_bytes(path), path), path)
-    manifest = parts.opened.manifest
-    _check_fit(model, manifest.shapes, str(path))
+    _load(model, parts, packed)
+    return model
+
+
+@on_bare
+def _load(model: nn.Module, parts: Parts, packed: bool) -> None:
+    """Load a file into a model that it fits."""
+    manifest, path = parts.opened.manifest, str(parts.path)
+    _check_fit(model, manifest.shapes, path)
     if packed:
-        return _load_packed(parts, model)
+        _load_packed(parts, model)
+        return
     tensors = {name: unpacked_weight(parts, name) for name in manifest.weights}
-    return load_state(model, weights_of(parts, tensors).state_dict(), str(path))
+    load_state(model, weights_of(parts, tensors).state_dict(), path)
 
 
 def _check_types(path: object, model: object) -> None:
@@ -115,10 +124,15 @@ def _load_packed(parts: Parts, model: nn.Module) -> nn.Module:
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
     """Load a state dict into `model` if every key and shape fits; otherwise change nothing."""
     check_fillable(model)
+    _fill_(model, state, source)
+    return model
+
+
+@on_bare
+def _fill_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, source)
     _check_filled(model, state, source)
     model.load_state_dict(dict(state), strict=False, assign=_on_meta(model))
-    return model
 
 
 def _on_meta(model: nn.Module) -> bool:
