@@ -8,7 +8,7 @@ from clipquant.quant.codes.zeros import is_pruned
 from clipquant.quant.network.moments import Moments
 from clipquant.quant.widths.frontier import Choices, frontier
 from clipquant.quant.widths.rate import CHOICES, rated_apart, rated_rows
-from clipquant.quant.widths.rows import damped_error, row_hessian, solve_rows
+from clipquant.quant.widths.rows import believed_hessian, damped_error, row_hessian, solve_rows
 
 ROWS, COLUMNS = 24, 90
 
@@ -48,7 +48,8 @@ def test_errors_and_losses_are_those_of_the_codes_taken(moments, size, zeros):
             if name == "apart":
                 error = (off.square() * fisher).sum(1)
             else:
-                h = damped_error(row_hessian(moments, 0, name == "centred")).hessian.double()
+                h = believed_hessian(row_hessian(moments, 0, name == "centred"), moments)
+                h = damped_error(h).hessian.double()
                 error = ((off @ h) * off).sum(1)
             assert torch.allclose(table.errors[:, step], error, rtol=1e-3, atol=1e-6)
             if name == "centred":

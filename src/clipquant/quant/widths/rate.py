@@ -13,7 +13,7 @@ from clipquant.quant.codes.zeros import is_pruned
 from clipquant.quant.error.walk import Walk, gptq_codes, plan_walk
 from clipquant.quant.network.moments import Moments
 from clipquant.quant.widths.nearest import column_weights
-from clipquant.quant.widths.rows import damped_error, row_hessian
+from clipquant.quant.widths.rows import believed_hessian, damped_error, row_hessian
 from clipquant.quant.widths.worth import FINEST, Stepped, worthy, worthy_apart
 
 # How many steps a row's largest weight lies from zero: from most weights zero to nearly none, and the largest code.
@@ -92,7 +92,7 @@ def rated_rows(matrix: Tensor, moments: Moments, group_size: int, *, centred: bo
     kept = matrix == 0 if is_pruned(matrix) else None
     first, parts = 0, []
     for g, part in enumerate(matrix.chunk(moments.hessian.shape[0])):
-        damped = damped_error(row_hessian(moments, g, centred))
+        damped = damped_error(believed_hessian(row_hessian(moments, g, centred), moments))
         hessian, walk = damped.hessian, plan_walk(damped)
         mean = moments.mean[g] if centred else None
         for rows in _runs(part):
