@@ -102,10 +102,10 @@ class Scaling:
             after = norms * coefficients
             self.clipped = True
             if all(grad.ndim < 2 for grad in grads):
-                torch._foreach_mul_(grads, coefficients.tolist())
+                torch._foreach_mul_(list(grads), coefficients.tolist())
             else:
                 rows.mul_(coefficients[:, None])
-                torch._foreach_copy_(grads, _unflatten_dense_tensors(rows.view(-1), grads))
+                torch._foreach_copy_(list(grads), _unflatten_dense_tensors(rows.view(-1), grads))
         sizes = [grad.numel() // row for grad in grads]
         self._saw(owners, sizes, norms, after)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # What `torch.compile`, FSDP and activation checkpointing call the module that they stand in front of.
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -69,6 +73,22 @@ def bare(module: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Iter
     finally:
         for step in reversed(undo):
             step()
+
+
+def on_bare(work: Callable[P, T]) -> Callable[P, T]:
+    """Return a function of a module, its first argument, that sees it as its author wrote it."""
+
+    @functools.wraps(work)
+    def on_inner(*args: P.args, **named: P.kwargs) -> T:
+        model = args[0] if args else named.get("model")
+        if not isinstance(model, nn.Module):
+            return work(*args, **named)  # which says what is wrong with it
+        inner: Any = inner_of(model)
+        given: Any = ((inner, *args[1:]), named) if args else ((), {**named, "model": inner})
+        with bare(inner):
+            return work(*given[0], **given[1])
+
+    return on_inner
 
 
 def _unwrapped(module: nn.Module, undo: list[Callable[[], object]]) -> list[nn.Module]:

@@ -12,11 +12,11 @@ from clipquant.quant.codes.grid import Coded, Grid, group
 from clipquant.quant.codes.zeros import is_pruned
 from clipquant.quant.network.moments import Moments
 from clipquant.quant.widths.nearest import column_weights
-from clipquant.quant.widths.rows import damped_hessian, row_hessian
+from clipquant.quant.widths.rows import believed_hessian, damped_hessian, row_hessian
 from clipquant.quant.widths.worth import FINEST, Stepped, worthy, worthy_apart
 
-_EXTENT = (0.75, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0)  # steps from zero to a row's largest weight
-_LIMITS = (1, 2, 4, 7, 13, 25, 49, 97)  # the largest code of each
+_EXTENT = (1.25, 2.0, 3.0, 4.5, 7.0, 14.0, 28.0, 80.0)  # steps from zero to a row's largest weight
+_LIMITS = (1, 2, 3, 5, 7, 14, 28, 80)  # the largest code of each
 _AT_ONCE = 1 << 23  # values worked on at once, as many weights at as many steps
 
 
@@ -87,7 +87,7 @@ def rated_rows(matrix: Tensor, moments: Moments, group_size: int, *, centred: bo
     kept = matrix == 0 if is_pruned(matrix) else None
     first, parts = 0, []
     for g, part in enumerate(matrix.chunk(moments.hessian.shape[0])):
-        hessian = damped_hessian(row_hessian(moments, g, centred))
+        hessian = damped_hessian(believed_hessian(row_hessian(moments, g, centred), moments))
         mean = moments.mean[g] if centred else None
         for rows in _runs(part):
             held = None if kept is None else kept[first : first + len(rows)]
@@ -177,7 +177,7 @@ def _constants(rows: Tensor, error: Tensor, group_size: int) -> Tensor:
     middle = torch.where(whole > 0, (held * weight).sum(2) / whole, held.mean(2))
     first = held[:, :, 0]
     constant = (held == held[:, :, :1]).all(2)
-    return _narrow(torch.where(constant, first, middle).float())
+    return torch.where(constant, first.float(), _narrow(middle.float()))
 
 
 def _narrow(scale: Tensor) -> Tensor:

@@ -113,14 +113,16 @@ def worthy_apart(start: Stepped, matrix: Tensor, weight: Tensor, kept: Tensor | 
     """
     times, best = len(start.limits), start
     wide, weight = matrix.repeat(times, 1), weight.repeat(times, 1)
-    step = best.wide()
-    at = torch.where(step > 0, wide / step, 0.0)
-    curve = weight * step.square()
     for _ in range(_SWEEPS):
+        step = best.wide()
+        at = torch.where(step > 0, wide / step, 0.0)
+        curve = weight * step.square()
         codes = _chosen(at, curve, _worth(best, curve.mean(1)), best)
-        best = replace(
-            best, codes=codes if kept is None else codes.masked_fill(kept.repeat(times, 1), 0.0)
-        )
+        if kept is not None:
+            codes.masked_fill_(kept.repeat(times, 1), 0.0)
+        best = replace(best, codes=codes)
+        if best.scale.shape[1] == 1:
+            best = _at_scale(best, (weight * codes * wide).sum(1), (weight * codes.square()).sum(1))
     return best
 
 
@@ -187,8 +189,13 @@ def _rescaled(held: Stepped, slope: Tensor, goal: Tensor) -> tuple[Stepped, Tens
         return held, slope
     step = torch.where(held.scale > 0, held.scale, 1.0)
     product = (slope + goal) / step  # q H
-    curve = (held.codes * product).sum(1, True, dtype=torch.float64)
-    found = (held.codes * goal).sum(1, True, dtype=torch.float64) / curve
-    good = (curve > 0) & (found > 0) & torch.isfinite(found)
-    scale = torch.where(good, found, held.scale.double()).to(held.scale.dtype)
-    return replace(held, scale=scale), product.mul_(scale).sub_(goal)
+    curve = (held.codes * product).sum(1, dtype=torch.float64)
+    moved = _at_scale(held, (held.codes * goal).sum(1, dtype=torch.float64), curve)
+    return moved, product.mul_(moved.scale).sub_(goal)
+
+
+def _at_scale(held: Stepped, gain: Tensor, curve: Tensor) -> Stepped:
+    """Return rows at the scale of least error, `gain / curve`, where that is one."""
+    found = (gain / curve)[:, None]
+    good = (gain > 0)[:, None] & (curve > 0)[:, None] & torch.isfinite(found)
+    return replace(held, scale=torch.where(good, found.to(held.scale.dtype), held.scale))
