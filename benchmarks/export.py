@@ -4,16 +4,18 @@
     python benchmarks/export.py albert [--folder F]    # see albert.py; F, if rxnmapper is not installed
     python benchmarks/export.py linear [--layers 8] [--width 2048]    # onnx-nbits beside float, random weights
     python benchmarks/export.py nbits [CHECKPOINT]     # TwoConvNet the same way
+    python benchmarks/export.py packed [--width 2048]  # a packed linear layer in torch beside float
 
 Quantized by round to nearest, which needs no data. Accuracy is that of the 10,000 test images, or of the masked tokens
 of the 257 test reactions of at most 128 tokens. Latencies are medians of 50 interleaved calls on one thread (ten, if a
-call takes half a second); `--latency` leaves the accuracies out.
+call takes half a second); `--latency` leaves the accuracies out, `--batches` says of which sizes.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,16 @@ from clipquant.export import (
 from clipquant.export import Subject as Exported
 from clipquant.export.onnx import Onnx
 from clipquant.export.onnx_nbits import OnnxNbits
+from clipquant.export.parts.onnx_graph import dequantized_copy
 from clipquant.export.parts.sessions import feeds, open_any, runner
 from clipquant.export.parts.timing import interleaved_medians
+from clipquant.quant.packed.modules import packed_copy
 from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
 from clipquant.reference import FashionMNIST, TwoConvNet
 
 THREADS = 1
-BATCHES = (1, 32)
+BATCHES = (1, 8, 64)
 LENGTH = 128  # tokens of a reaction, padding included
 
 
@@ -103,6 +107,9 @@ def write_files(subject, bits, folder, judged):
         record = export_onnx(model, weights, example, folder / f"{width}.onnx")
         rows.append((f"onnx, {width} bit", record.bytes, open_any(record.path, THREADS)))
         print(f"onnx, {width} bit: difference {record.difference:.1e}", *record.notes, flush=True)
+        record = write_nbits(subject, weights, folder / f"{width}.nbits.onnx", judged)
+        rows.append((f"onnx-nbits, {width} bit", record.bytes, open_any(record.path, THREADS)))
+        print(f"onnx-nbits, {width} bit:", *record.notes, record.latency, flush=True)
     record = write_int8(subject, folder / "int8.onnx", judged)
     print("onnx-int8:", *record.notes, record.latency, flush=True)
     return [*rows, ("onnx-int8", record.bytes, open_any(record.path, THREADS))]
@@ -123,14 +130,31 @@ def replace_by_floats(weights, model):
     return replace(weights, tensors={}, floats=floats)
 
 
-def write_int8(subject, path, judged):
-    """Write the int8 file; judged by its accuracy, or by the distance of its outputs."""
-    best = subject.accuracy(subject.model) if judged else 1.0
+def judge_of(subject):
+    """Return what judges a file by its accuracy."""
+    best = subject.accuracy(subject.model)
 
     def judge(forward):
         right = subject.accuracy(forward)
         return Judgement(best - right, {"accuracy": right})
 
+    return judge
+
+
+def write_nbits(subject, weights, path, judged):
+    """Write the file whose linear layers compute with the codes; judged as `write_int8`."""
+    exported = Exported(
+        weights,
+        subject.model,
+        subject.example,
+        subject.calibration,
+        judge_of(subject) if judged else None,
+    )
+    return OnnxNbits(Onnx(), batches=()).write(exported, path)
+
+
+def write_int8(subject, path, judged):
+    """Write the int8 file; judged by its accuracy, or by the distance of its outputs."""
     weights = quantize_weights(subject.model, Recipe(8, method="rtn"))
     return export_onnx_int8(
         subject.model,
@@ -138,11 +162,11 @@ def write_int8(subject, path, judged):
         subject.example,
         path,
         calibration=subject.calibration,
-        judge=judge if judged else None,
+        judge=judge_of(subject) if judged else None,
     )
 
 
-def measure(rows, subject, accuracies):
+def measure(rows, subject, accuracies, batches):
     """Return each file's accuracy and median milliseconds; the two runtimes are timed one after the other."""
     right, medians = {}, {}
     outputs = subject.example.run(subject.model)
@@ -151,7 +175,7 @@ def measure(rows, subject, accuracies):
         for name, what in own.items() if accuracies else ():
             forward = runner(what, outputs) if kind is ort.InferenceSession else what
             right[name] = subject.accuracy(forward)
-        for batch in BATCHES:
+        for batch in batches:
             call = subject.example.resized(batch)
             calls = {name: caller(what, call) for name, what in own.items()}
             for name, ms in interleaved_medians(calls).items():
@@ -189,13 +213,34 @@ def caller(what, call):
     return lambda: what.run(None, fed)
 
 
-def print_table(rows, right, medians):
-    print("| file | bytes | accuracy | ms, batch 1 | ms, batch 32 |\n|---|---:|---:|---:|---:|")
+def print_packed(width, bits, batches):
+    """Show what a packed layer takes beside the float one, and the largest difference as a share of the outputs."""
+    print(f"| weights | {' | '.join(f'batch {b}' for b in batches)} | difference |")
+    print(f"|---|{'---:|' * (len(batches) + 1)}")
+    layer = torch.nn.Linear(width, width)
+    for count, granularity in [(b, g) for b in bits for g in ("channel", 64)]:
+        weights = quantize_weights(layer, Recipe(count, granularity=granularity, method="rtn"))
+        packed, plain = packed_copy(layer, weights), dequantized_copy(layer, weights)
+        ratios, worst = [], 0.0
+        for batch in batches:
+            x = torch.randn(batch, width)
+            exact = plain(x)
+            worst = max(worst, float((packed(x) - exact).abs().max() / exact.abs().max()))
+            calls = {"packed": partial(packed, x), "float": partial(layer, x)}
+            medians = interleaved_medians(calls)
+            ratios.append(f"{medians['packed'] / medians['float']:.2f}")
+        per = "a channel" if granularity == "channel" else f"{granularity} weights"
+        print(f"| {count} bits, a scale {per} | {' | '.join(ratios)} | {worst:.1e} |", flush=True)
+
+
+def print_table(rows, right, medians, batches):
+    print(f"| file | bytes | accuracy | {' | '.join(f'ms, batch {b}' for b in batches)} |")
+    print(f"|---|---:|---:|{'---:|' * len(batches)}")
     for name, size, what in rows:
-        figures = ["", "", ""]
+        figures = [""] * (1 + len(batches))
         if what is not None:
             known = f"{right[name]:.2%}" if name in right else ""
-            figures = [known, *(f"{medians[name, batch]:.2f}" for batch in BATCHES)]
+            figures = [known, *(f"{medians[name, batch]:.2f}" for batch in batches)]
         print(f"| {name} | {size:,} | {' | '.join(figures)} |")
     print(f"onnxruntime {ort.__version__}, torch {torch.__version__}, {THREADS} threads")
 
@@ -209,12 +254,17 @@ def main():
     wide.add_argument("--layers", type=int, default=8)
     wide.add_argument("--width", type=int, default=2048)
     small.add_argument("checkpoint", nargs="?")
+    networks.add_parser("packed").add_argument("--width", type=int, default=2048)
     for command in networks.choices.values():
+        command.add_argument("--batches", type=int, nargs="+", default=BATCHES)
         command.add_argument("--bits", type=int, nargs="+", default=[8, 4])
         command.add_argument("--latency", action="store_true", help="without the accuracies")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
+    if args.network == "packed":
+        print_packed(args.width, args.bits, args.batches)
+        return
     if args.network == "linear":
         model = linear(args.layers, args.width)
         print_nbits(model, Example((torch.randn(2, args.width),)), args.bits)
@@ -229,8 +279,8 @@ def main():
     subject = albert(args.folder) if args.network == "albert" else twoconv(args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         rows = write_files(subject, args.bits, Path(folder), not args.latency)
-        right, medians = measure(rows, subject, not args.latency)
-    print_table(rows, right, medians)
+        right, medians = measure(rows, subject, not args.latency, args.batches)
+    print_table(rows, right, medians, args.batches)
 
 
 if __name__ == "__main__":

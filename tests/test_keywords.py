@@ -36,7 +36,7 @@ def test_function_names_what_it_has_and_nothing_else():
     ):
         quantize(nn.Linear(4, 4), dataset=type("DataSet", (), {"__repr__": lambda s: "x" * 99})())
     with pytest.raises(TypeError, match="its arguments are") as error:
-        quantize(nn.Linear(4, 4), metric="acc")  # it has no monitor to name
+        quantize(nn.Linear(4, 4), watch="acc")  # it has no monitor to name
     assert "monitor" not in str(error.value)
 
 

@@ -52,6 +52,7 @@ REASONS = {
     "export/parts/format.py": "export/test_formats.py: a format of one's own through all that reads one",
     "export/parts/needs.py": "export/test_formats.py: what is missing is named",
     "export/parts/onnx_graph.py": "export/test_onnx.py and test_onnx_int8.py: every file is made of it",
+    "export/parts/qdq.py": "export/test_onnx_int8.py: every file is made by it",
     "export/parts/subject.py": "records; export/test_formats.py shows what they refuse",
     "quant/codes/adaptive.py": "quant/codes/test_entropy.py: what is foretold, and every stream by it",
     "quant/codes/lines.py": "quant/codes/test_entropy.py: matrices to lines and back",

@@ -77,6 +77,7 @@ def test_what_was_trained_is_what_is_written_to_the_last_digit(way, tmp_path):
     assert report.quantized_metrics == {name: float(value) for name, value in seen.items()}
     assert report.float_metrics == report.quantized_metrics
     assert {layer.method for layer in report.layers} == {"qat"}
+    assert "Trained with these codes" in str(report)
     state = load_quantized(callback.artifact_path)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert type(model.net[0]) is nn.Conv2d
@@ -323,6 +324,63 @@ def test_a_compiled_module_computes_with_codes(tmp_path):
     torch.compiler.reset()
 
 
+class Lazy(Small):
+    """Layers whose shapes the first batch tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+
+
+class Frozen(Small):
+    """A layer that is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+
+class Closures(Small):
+    """An optimizer that runs the step several times."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), 0.1, max_iter=2)
+
+
+class Rebuilt(Small):
+    """A weight that is rebuilt before each forward, which stays as it is."""
+
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.net[0])
+
+
+class Own(Small):
+    """A weight that no layer holds, named by include."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Parameter(0.1 * torch.randn(10, 10))
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.net(batch[0]) @ self.own, batch[1])
+
+
+@pytest.mark.parametrize("kind", [Lazy, Frozen, Closures, Rebuilt, Own])
+def test_other_kinds_of_modules_are_trained_too(kind, tmp_path):
+    include = ["own"] if kind is Own else None
+    qat = QuantizationAwareTraining(2, start=0.3, include=include)
+    torch.manual_seed(0)
+    quantizer = QuantizeOnFitEnd(dirpath=tmp_path / "quantized", include=include)
+    _, model = fit(quantizer, tmp_path, kind(), [qat], max_epochs=3)
+    names = {Rebuilt: {"net.3.weight"}, Own: {"own"}}.get(kind, {"net.0.weight", "net.3.weight"})
+    assert quantizer.report.failures == ()
+    assert set(qat.trained) == {layer.name for layer in quantizer.report.layers} == names
+    state = load_quantized(quantizer.artifact_path)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not is_on(model)
+
+
 class TwoOptimizers(Small):
     """Steps two optimizers by hand, the second frozen out of the first one's turn."""
 
@@ -450,3 +508,8 @@ def test_a_budget_that_training_missed_is_told(tmp_path):
     with pytest.warns(UserWarning, match="worse than that of the float network when its bits"):
         fit(quantizer, tmp_path, Broken(), [qat], max_epochs=4)
     assert not quantizer.report.budget.met
+
+
+def test_another_librarys_keyword_is_told_by_its_name_here():
+    with pytest.raises(TypeError, match=r"nbits=2: give bits=2"):
+        QuantizationAwareTraining(nbits=2)

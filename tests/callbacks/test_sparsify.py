@@ -311,3 +311,8 @@ def test_a_model_without_weights_to_prune_is_refused(tmp_path):
     model.net = nn.Sequential(nn.Flatten(), nn.LayerNorm(64))
     with pytest.raises(ValueError, match="no weight to quantize"):
         fit(SparsifyWeights(0.5), tmp_path, model)
+
+
+def test_another_librarys_keyword_is_told_by_its_name_here():
+    with pytest.raises(TypeError, match=r"amount=0.5: give final=0.5"):
+        SparsifyWeights(amount=0.5)

@@ -1,5 +1,8 @@
 """`clipquant quantize`: a trained checkpoint gives the file that its fit's end gave."""
 
+import logging
+from contextlib import contextmanager
+
 import pytest
 
 from clipquant.cli import main
@@ -27,12 +30,29 @@ def config(tmp_path):
     return write
 
 
+@contextmanager
+def said_by_lightning():
+    """Give the lines that Lightning's handlers would print."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield said
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_file_is_the_one_of_the_fits_end_and_nothing_is_trained(tmp_path, config):
     path = config("{class_path: QuantizeOnFitEnd, init_args: {bits: 8}}")
     assert main(["fit", "--config", path]) == 0
     (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
-    assert main(["quantize", "--config", path, "--ckpt_path", str(checkpoint)]) == 0
+    with said_by_lightning() as said:
+        assert main(["quantize", "--config", path, "--ckpt_path", str(checkpoint)]) == 0
+    assert said
+    assert not any("reached" in line for line in said)
     first, second = (
         tmp_path / "lightning_logs" / f"version_{run}" / "quantized" / "model.safetensors"
         for run in (0, 1)

@@ -54,6 +54,27 @@ data:
             {"model": "clipquant.reference.TwoConv"},
             "model: clipquant.reference has no 'TwoConv'. Did you mean 'TwoConvNet'?",
         ),
+        (
+            {"callback": "GradientClipCallback", "arguments": "max_norm: 1.0"},
+            "GradientClipCallback has no option 'max_norm'. What clips is its option rule: Norm(...).",
+        ),
+        (
+            {"arguments": "group_size: 64"},
+            "QuantizeOnFitEnd has no option 'group_size'. Did you mean 'granularity'?",
+        ),
+        (
+            {"arguments": "export: onnx"},
+            "QuantizeOnFitEnd: export must be list[str | Format] or null; got onnx. Write [onnx].",
+        ),
+        (
+            {"arguments": "include: fc*"},
+            "QuantizeOnFitEnd: include must be list[str] or null; got fc*. Write [fc*].",
+        ),
+        (
+            {"more": "", "arguments": "bits: 8\n      max_drop: 0.1"},
+            "QuantizeOnFitEnd: max_drop must stand below init_args; got it beside. Indent it further.",
+        ),
+        ({"more": "seed: 3\n"}, "fit has no option 'seed'. Did you mean 'seed_everything'?"),
         ({"more": "optimiser: 3\n"}, "fit has no option 'optimiser'. Did you mean 'optimizer'?"),
     ],
 )
@@ -95,3 +116,15 @@ def test_what_is_not_known_keeps_its_own_deepest_line():
     message = "Outer thing went wrong\n" + "x" * 300 + "\n    the cause itself"
     assert told(message) == "the cause itself"
     assert told("short\nmessage") == "short message"
+
+
+def test_what_the_trainer_refuses_and_what_is_missing_are_one_line(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("trainer: {accelerator: gpuu}\nmodel: {class_path: TwoConvNet}\n")
+    assert main(["fit", "--config", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "error: the Trainer refuses its options: " in said
+    assert "gpuu" in said
+    assert "Traceback" not in said
+    assert main(["fit"]) == 2
+    assert "model is missing: pass a configuration that names it" in capsys.readouterr().err

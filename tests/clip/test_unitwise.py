@@ -85,7 +85,7 @@ def test_long_rows_equal_each_row_by_itself(scale: float, block: int) -> None:
     grads = [scale * torch.randn_like(weight) for weight in weights]
     expected = [reference(g, w, LIMITS) for g, w in zip(grads, weights, strict=True)]
     originals = [g.clone() for g in grads]
-    with patch("clipquant.clip.unitwise._BLOCK", block):
+    with patch("clipquant.clip.unit_pieces._PIECE", block):
         outcome = scale_units_(grads, weights, LIMITS)
     for grad, want, original in zip(grads, expected, originals, strict=True):
         torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-9)

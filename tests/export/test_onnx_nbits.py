@@ -13,7 +13,8 @@ from torch import nn
 from clipquant.export import Example, ExportError, Judgement, Subject, as_format
 from clipquant.export.example import largest_difference
 from clipquant.export.onnx import Onnx
-from clipquant.export.onnx_nbits import FLOAT, INT8, OnnxNbits, blocks_of
+from clipquant.export.onnx_nbits import OnnxNbits
+from clipquant.export.parts.blocks import FLOAT, INT8
 from clipquant.export.parts.onnx_graph import dequantized_copy
 from clipquant.export.parts.sessions import feeds, open_any
 from clipquant.quant.quantize import quantize_weights
@@ -143,11 +144,6 @@ def test_a_file_without_any_product_says_why(recipe, why, tmp_path):
     assert "MatMulNBits" not in kinds(file)
     assert why in " ".join(record.notes)
     assert apart(Example((torch.randn(4, 192),))) <= 1e-5
-
-
-def test_another_precision_stays_as_in_onnx():
-    weights = quantize_weights(nn.Linear(64, 8).half(), Recipe(4))
-    assert "float16, not float32" in blocks_of(weights.tensors["weight"])
 
 
 def test_wide_layers_are_quicker_and_smaller_than_float(tmp_path):

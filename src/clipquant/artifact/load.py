@@ -27,7 +27,8 @@ def load_quantized(
 
     Nothing that is read can do harm: a file that was damaged or made to do so raises `ArtifactError`, and
     memory is taken in proportion to the file. Rows of 0 bits, which cost a file nothing, are no larger
-    than those of `model`; without one they may come to 32 MB and twice the file.
+    than those of `model`; without one they may come to 32 MB and twice the file, and codes in an entropy
+    code beyond 8 a byte to a quarter of that.
 
     Args:
         path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
@@ -35,15 +36,16 @@ def load_quantized(
         packed: Whether `model` is to hold its weights packed, as the file does, and dequantize a
             layer at a time when it runs: about the file's size in memory, the same outputs, and
             weights that cannot be trained. It may have been built under `torch.device("meta")`.
-        max_constant_bytes: Without a model, most bytes that rows of 0 bits may come to. None: 32 MB and
-            twice the file.
+        max_constant_bytes: Without a model, most bytes that rows of 0 bits, or codes beyond 8 a byte, may
+            come to. None: as said above.
 
     Returns:
         Without `model`: every key of the saved model's state dict -> tensor, for
         `load_state_dict`. With it: `model` itself.
 
     Raises:
-        ArtifactError: If the file is missing, damaged or of a newer format, or `model` differs
+        ArtifactError: If the file is missing, damaged or of a newer format, if its codes stand in an entropy
+            code and the extra `clipquant[entropy]` is not installed, or if `model` differs
             from what was saved (names the missing, the unexpected and the misshapen tensors).
         ValueError: If `packed` is asked for without a model.
         TypeError: If the two arguments are swapped, or `model` is a class.

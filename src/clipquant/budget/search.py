@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,10 @@ from clipquant.report.record import Budget, Trial
 
 _SIZES = 400  # that a search for the smallest size chooses from: 9 bisections
 _CURVE = (0.8, 0.6)  # shares of a size budget that are measured too, to show what less would cost
+_CLOSE, _TURNS = (
+    500,
+    5,
+)  # expected bytes fill a file where less than a 500th is left, or after so many turns
 _BEYOND = (
     0.95  # how sure it must be that another allocation is better than the one that fills the budget
 )
@@ -151,22 +156,27 @@ class _Search:
         return self._chosen(at[smallest], "")
 
     def _bits(self, file_bytes: int) -> dict[str, Tensor]:
-        """Return the allocation that fills a file of at most so many bytes."""
+        """Return the allocation that fills a file of at most so many bytes.
+
+        Where the bytes of codes are expected ones, as those of an entropy code, what is left is given out anew.
+        """
         room, edge = file_bytes - self.overhead, self.allocator.frontier
-        while True:
+        found: dict[str, Tensor] | None = None
+        for turn in itertools.count():
             bits = edge.fill(max(room, edge.least_bytes))
             over = self.size_of(self.allocator.weights(bits)) + self.spare - file_bytes
-            if over <= 0 or room <= edge.least_bytes:
-                return bits
+            fits = over <= 0 or room <= edge.least_bytes
+            full = not edge.estimated or -over * _CLOSE <= file_bytes or room >= edge.most_bytes
+            found = bits if fits else found
+            if found is not None and ((fits and full) or turn >= _TURNS):
+                break
             room -= over
+        return found or {}
 
     def _uniform_size(self, width: int) -> int:
         choices = self.allocator.frontier.choices
         bits = self.allocator.uniform(width)
-        rows = sum(
-            c.row_bytes(int(bits[n][0])) * len(c.losses) for n, c in choices.items() if len(bits[n])
-        )
-        return self.overhead + rows
+        return self.overhead + sum(c.code_bytes(bits[n]) for n, c in choices.items())
 
     def _try(self, bits: Mapping[str, Tensor], what: str = "rows") -> int:
         """Measure an allocation; return its index."""

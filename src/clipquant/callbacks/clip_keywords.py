@@ -10,7 +10,7 @@ _NORM, _VALUE, _EITHER = (
     "Value({})",
     "Norm({}) to limit the norm or Value({}) each element",
 )
-_RULES = {
+RULES = {
     **dict.fromkeys(("max_norm", "norm", "max_grad_norm", "clip_norm", "grad_norm"), _NORM),
     **dict.fromkeys(("clip_grad_norm", "global_clipnorm", "clipnorm", "grad_clip_norm"), _NORM),
     **dict.fromkeys(
@@ -27,4 +27,4 @@ _RULES = {
 }
 
 
-naming_remedies = naming_keywords(_RULES, "what clips is its first argument, give")
+naming_remedies = naming_keywords(RULES, "what clips is its first argument, give")

@@ -51,10 +51,11 @@ from clipquant.callbacks.lightning import Callback
 from clipquant.clip.apply import clip_assigned_
 from clipquant.clip.assign import Assignment, as_rule
 from clipquant.clip.finite import OnNonfinite, check_policy
-from clipquant.clip.fold import supports_scaling, unfold_
+from clipquant.clip.fold import can_skip, supports_scaling, unfold_
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule
+from clipquant.clip.unread import UnreadRecord
 
 
 class GradientClipCallback(Callback):
@@ -180,7 +181,9 @@ class GradientClipCallback(Callback):
         record = self._clip(trainer, pl_module, index, attached, assignment)
         attached.end(record, device)
         self.record = record
-        self._progress[index] = self._progress[index].after(record, trainer.global_step)
+        progress = self._progress[index].after(record, trainer.global_step)
+        logs = self.log_mode is not False and logs_now(trainer)
+        self._progress[index] = progress.settled() if logs else progress
         streak = self._progress[index].streak
         check_streak(streak, self.max_consecutive_skips, self.on_nonfinite, scaler_of(trainer))
         self._log(trainer, pl_module, index, record)
@@ -236,7 +239,8 @@ class GradientClipCallback(Callback):
         assignment: Assignment,
     ) -> ClipRecord:
         scaler, optimizer = scaler_of(trainer), attached.optimizer
-        fold = may_fold(optimizer, assignment) and is_last_reader(self, trainer, pl_module)
+        last = is_last_reader(self, trainer, pl_module)
+        fold = last and may_fold(optimizer, assignment)
         folds_scaled = fold and self.skip_above is None
         factor = 1.0
         if scaler is not None:
@@ -250,17 +254,22 @@ class GradientClipCallback(Callback):
         later = not (supports_scaling(optimizer) or logs_now(trainer))
         divides = factor != 1.0 and not folds_scaled
         undoes = self.on_nonfinite == "skip" and attached.evaluations is not None
+        policy: Any = self.on_nonfinite
+        if policy == "skip" and last and can_skip(optimizer):
+            policy = "defer"
         with divided(assignment.params, factor) if divides else nullcontext():
             record = clip_assigned_(
                 within(assignment, trainer.global_step, self.start_step, self.stop_step),
                 progress.state,
-                on_nonfinite="leave" if scaler is not None or undoes else self.on_nonfinite,
+                on_nonfinite="leave" if scaler is not None or undoes else policy,
                 skip_above=self.skip_above,
                 measure=self.log_mode is not False,
                 defer=fold and not divides,
                 loss_scale=1.0 if divides else factor,
                 later=later and not divides,
             )
+        if isinstance(record, UnreadRecord):
+            return record
         # What is not finite makes a scaler leave out the step, or has the step undone.
         left = (scaler is not None or undoes) and bool(record.nonfinite)
         return replace(record, skipped=True) if left else record

@@ -28,6 +28,7 @@ from clipquant.callbacks.rehearsal import is_built
 from clipquant.callbacks.road.guest import copy_module
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
+from clipquant.keywords import OF_QUANTIZING, naming_keywords
 from clipquant.quant.codes.paths import parameter_at
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.codes.tensor import dequantize
@@ -41,6 +42,14 @@ from clipquant.quant.training.swap import put_on, take_off
 from clipquant.quant.training.tutor import Tutor
 
 CALIBRATION_BATCHES = 16  # the last ones before the start, by which bits="auto" chooses
+
+# What others call the settings, and what they are here.
+OF_TRAINING = {
+    **OF_QUANTIZING,
+    **dict.fromkeys(("start_epoch", "start_step", "delay", "warmup"), "start, a share of the fit"),
+    **dict.fromkeys(("observer_type", "qconfig", "qscheme"), "bits and granularity"),
+    **dict.fromkeys(("ternary",), "bits=2, levels=2"),
+}
 
 
 class QuantizationAwareTraining(Callback):
@@ -84,6 +93,7 @@ class QuantizationAwareTraining(Callback):
     clipquant.errors.ArgumentError: start is a share of the fit, from 0 (its beginning) to 1 (its end); got 1.5.
     """
 
+    @naming_keywords(OF_TRAINING)
     def __init__(
         self,
         bits: int | Literal["auto"] = 4,

@@ -22,6 +22,7 @@ from clipquant.callbacks.sparsify_checks import (
     settings_of,
 )
 from clipquant.callbacks.telling import warn
+from clipquant.keywords import naming_keywords
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.pack import pack, unpack
 from clipquant.quant.codes.paths import parameter_at
@@ -30,6 +31,16 @@ from clipquant.quant.training.masks import LEAST, Masks, Pattern, global_masks, 
 from clipquant.quant.training.schedule import SCHEDULES
 from clipquant.quant.training.scores import CRITERIA, Scores
 
+# What others call the settings, and what they are here.
+OF_PRUNING = {
+    **dict.fromkeys(("amount", "sparsity", "final_sparsity", "target", "ratio"), "final={}"),
+    **dict.fromkeys(("pruning_fn", "criterion", "method", "importance"), 'by="magnitude"'),
+    **dict.fromkeys(("use_global_unstructured", "global_unstructured"), 'scope="global"'),
+    **dict.fromkeys(("start_epoch", "start_step", "warmup"), "start, a share of the fit"),
+    **dict.fromkeys(("end", "end_epoch", "end_step", "stop_step"), "stop, a share of the fit"),
+    **dict.fromkeys(("n_m", "nm", "m"), 'pattern="2:4"'),
+    **dict.fromkeys(("parameters_to_prune", "parameter_names", "modules"), "include=[...]"),
+}
 UPDATES = 100  # times that masks are chosen anew on the way to the final sparsity
 
 
@@ -69,6 +80,7 @@ class SparsifyWeights(Callback):
 nothing would be left.
     """
 
+    @naming_keywords(OF_PRUNING)
     def __init__(
         self,
         final: float | None = None,

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from clipquant.callbacks.quantize import QuantizeOnFitEnd
 from clipquant.cli.command import CommandError
+from clipquant.errors import ClipquantError
+
+_STOPPED = "`Trainer.fit` stopped: `max_steps=0` reached."  # true of every such run, and of no use
+
+
+@contextmanager
+def _unsaid(line: str) -> Iterator[None]:
+    """Keep a line of Lightning's from the screen."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.getMessage() != line
+
+    packages = ("lightning.pytorch", "pytorch_lightning")  # the one imported last speaks for both
+    loggers = [logging.getLogger(f"{package}.utilities.rank_zero") for package in packages]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 class CheckpointTrainer(Trainer):
@@ -52,13 +77,23 @@ class CheckpointTrainer(Trainer):
             )
         self.fit_loop.epoch_loop.max_steps = 0
         self.num_sanity_val_steps = 0
-        self.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+        with _unsaid(_STOPPED):
+            self.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
         if any(one.artifact_path is None for one in quantizers):
             raise CommandError("nothing was quantized; the warnings above say why.")
 
 
 class CheckpointCLI(LightningCLI):
     """Lightning's command line with the command `quantize`."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer; an option that it refuses is the user's to change."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            if isinstance(error, ClipquantError):
+                raise
+            raise CommandError(f"the Trainer refuses its options: {error}") from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import ast
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
-from importlib import import_module
-from typing import Any
+
+from clipquant.cli.names import annotation, classes, meant, names_in, parameters, readable, short
+from clipquant.keywords import OF_QUANTIZING
 
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
@@ -19,6 +18,7 @@ _NO_NAME = re.compile(r"(?:module|type object) '([^']+)' has no attribute '([^']
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _TYPES = re.compile(r"(?:Expected an?|Subtypes:) (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
 _VALUE = re.compile(r"(?:Given|Got) value: (.+)")
+_REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?(\S+)")
 
 
 def told(message: str) -> str:
@@ -36,7 +36,17 @@ def told(message: str) -> str:
     ...         Option 'nbits' is not accepted''')
     "QuantizeOnFitEnd has no option 'nbits'. Did you mean 'bits'?"
     """
-    for kind in (_of_file, _of_option, _of_class, _of_key, _of_module, _of_value):
+    kinds = (
+        _of_file,
+        _of_option,
+        _of_class,
+        _of_key,
+        _of_module,
+        _of_indent,
+        _of_value,
+        _of_missing,
+    )
+    for kind in kinds:
         line = kind(message)
         if line:
             return line
@@ -59,8 +69,24 @@ def _of_option(message: str) -> str:
     before = _CLASS.findall(message[: found.start()])
     if not before:
         return f"there is no option {found[1]!r}."
-    takes = _parameters(before[-1])
-    return f"{_short(before[-1])} has no option {found[1]!r}.{_meant(found[1], takes)}"
+    owner, takes = short(before[-1]), parameters(before[-1])
+    return (
+        f"{owner} has no option {found[1]!r}.{_called(owner, found[1]) or meant(found[1], takes)}"
+    )
+
+
+def _called(owner: str, name: str) -> str:
+    """Return what an option that other libraries have is called here; empty where that is not known."""
+    from clipquant.callbacks.clip_keywords import (
+        RULES,  # brings Lightning, which a plain --help does without
+    )
+
+    if owner == "GradientClipCallback" and name in RULES:
+        return f" What clips is its option rule: {RULES[name].replace('{}', '...')}."
+    here = OF_QUANTIZING.get(name, "") if owner == "QuantizeOnFitEnd" else ""
+    option = here.split("=", 1)[0]
+    taken = option in parameters("clipquant.QuantizeOnFitEnd")
+    return f" Did you mean {option!r}?" if here and taken else ""
 
 
 def _of_class(message: str) -> str:
@@ -68,7 +94,7 @@ def _of_class(message: str) -> str:
     if found is None:
         return ""
     remedy = (
-        _meant(found[1], _classes())
+        meant(found[1], classes())
         or " A class of your own is named by its import path: module.Class."
     )
     return f"{_place(message)}no class is named {found[1]!r}.{remedy}"
@@ -81,7 +107,7 @@ def _of_key(message: str) -> str:
     from lightning.pytorch import Trainer
 
     *parents, name = found[2].split(".")
-    takes = _parameters(Trainer) if parents == ["trainer"] else ()
+    takes = parameters(Trainer) if parents == ["trainer"] else ()
     if not parents:
         takes = (
             "trainer",
@@ -92,7 +118,7 @@ def _of_key(message: str) -> str:
             "seed_everything",
             "ckpt_path",
         )
-    return f"{found[1]} has no option {found[2]!r}.{_meant(name, takes)}"
+    return f"{found[1]} has no option {found[2]!r}.{meant(name, takes)}"
 
 
 def _of_module(message: str) -> str:
@@ -106,7 +132,31 @@ def _of_module(message: str) -> str:
     if found is None:
         return ""
     module, name = found.groups()
-    return f"{_place(message)}{module} has no {name!r}.{_meant(name, _names_in(module))}"
+    return f"{_place(message)}{module} has no {name!r}.{meant(name, names_in(module))}"
+
+
+def _of_missing(message: str) -> str:
+    found = _REQUIRED.search(message)
+    if found is None:
+        return ""
+    return f"{found[1]} is missing: pass a configuration that names it, --config FILE, or --{found[1]} CLASS."
+
+
+def _of_indent(message: str) -> str:
+    """Return which options stand beside init_args and not below it."""
+    for text in _VALUE.findall(message):
+        try:
+            given = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            continue
+        beside = [*given] if isinstance(given, dict) and "class_path" in given else []
+        beside = [name for name in beside if name not in ("class_path", "init_args", "dict_kwargs")]
+        if beside:
+            return (
+                f"{short(str(given['class_path']))}: {', '.join(beside)} must stand below init_args; got it beside. "
+                "Indent it further."
+            )
+    return ""
 
 
 def _of_value(message: str) -> str:
@@ -122,8 +172,12 @@ def _of_value(message: str) -> str:
     if key is None or values is None or not types:
         return ""
     owner = _CLASS.findall("\n".join(lines[:deepest]))
-    whose = f"{_short(owner[-1])}: " if owner else ""
-    return f"{whose}{key[1]} must be {_readable(types[0])}; got {values[1]}."
+    if not owner:
+        return f"{key[1]} must be {readable(types[0])}; got {values[1]}."
+    kind = annotation(owner[-1], key[1]) or readable(types[0])
+    listed = "list[" in kind and not values[1].startswith(("[", "{"))
+    remedy = f" Write [{values[1]}]." if listed else ""
+    return f"{short(owner[-1])}: {key[1]} must be {kind}; got {values[1]}.{remedy}"
 
 
 def _deepest(lines: list[str]) -> str:
@@ -138,63 +192,3 @@ def _place(message: str) -> str:
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
-
-
-def _short(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    lower = {one.lower(): one for one in known}
-    close = get_close_matches(name.lower(), lower, n=1) or [
-        one for one in lower if one in name.lower()
-    ]
-    return f" Did you mean {lower[close[0]]!r}?" if close else ""
-
-
-def _readable(types: str) -> str:
-    """Return types as a reader knows them.
-
-    >>> _readable("[<class 'int'>, typing.Literal['auto']]")
-    "int or 'auto'"
-    """
-    plain = re.sub(r"<class '([^']+)'>", lambda found: _short(found[1]), types.strip())
-    parts = (
-        re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", plain)
-        .removeprefix("[")
-        .removesuffix("]")
-        .split(", ")
-    )
-    named = [
-        "null" if part == "NoneType" else re.sub(r"\b[a-z_]+(\.\w+)*\.(\w+)", r"\2", part)
-        for part in parts
-    ]
-    return " or ".join(", ".join(named).rsplit(", ", 1))
-
-
-def _parameters(owner: Any) -> tuple[str, ...]:
-    if isinstance(owner, str):
-        module, _, name = owner.rpartition(".")
-        owner = getattr(import_module(module), name)
-    return tuple(inspect.signature(owner).parameters)
-
-
-def _names_in(module: str) -> tuple[str, ...]:
-    try:
-        held = vars(import_module(module))
-    except ImportError:
-        return ()
-    return tuple(name for name, value in held.items() if isinstance(value, type))
-
-
-def _classes() -> tuple[str, ...]:
-    """Return the short names that a configuration knows: this package's and Lightning's callbacks and loggers."""
-    import lightning.pytorch.callbacks as callbacks
-    import lightning.pytorch.loggers as loggers
-
-    import clipquant
-    from clipquant import clip, reference
-
-    homes = (clip, reference, callbacks, loggers)
-    found = (one for home in homes for one in vars(home).items())
-    return (*clipquant.__all__, *(name for name, value in found if isinstance(value, type)))

@@ -51,6 +51,10 @@ def clamp_(
             return outcome
     if order is not None:
         return _stream_(tensors, leave, order, partial(_clamp_reaching_, limit))
+    return _clamp_unmeasured_(tensors, limit, leave)
+
+
+def _clamp_unmeasured_(tensors: Sequence[Tensor], limit: float, leave: bool) -> Outcome:
     clipped, finite = False, True
     for block in blocks(tensors):
         for group in _groups(_reals(block.values)):

@@ -147,13 +147,17 @@ def norms_of_owners(norms: Tensor, owners: Tensor, count: int, order: float = 2.
         >>> norms_of_owners(torch.tensor([3.0, 1.0, 4.0]), torch.tensor([0, 1, 0]), 2)
         tensor([5., 1.])
     """
-    zeros = norms.new_zeros(count, dtype=torch.float64)
-    if order == math.inf:
-        total = zeros.scatter_reduce(0, owners, norms.double(), "amax")
-    else:
-        total = zeros.index_add(0, owners, norms.double() ** order) ** (1 / order)
+    total = norms_of_owners_unread(norms.double(), owners, count, order)
     result = total.to(norms.dtype)
     return total if math.inf in result.tolist() else result
+
+
+def norms_of_owners_unread(norms: Tensor, owners: Tensor, count: int, order: float) -> Tensor:
+    """Return what `norms_of_owners` does of norms in float64, without reading a value."""
+    zeros = norms.new_zeros(count)
+    if order == math.inf:
+        return zeros.scatter_reduce(0, owners, norms, "amax")
+    return zeros.index_add(0, owners, norms**order) ** (1 / order)
 
 
 def _part_norms(values: Sequence[Tensor], order: float) -> list[Tensor]:

@@ -13,6 +13,7 @@ from clipquant.clip.later import Later
 from clipquant.clip.measured import Measured
 from clipquant.clip.norms import flat, norms_of_rows, vector_norm
 from clipquant.clip.outcome import Outcome
+from clipquant.clip.pieces import Piece, Pieces, square_of
 
 _PIECE = 1 << 20  # elements of a large tensor that are worked on at a time
 _TINY = (
@@ -20,18 +21,20 @@ _TINY = (
 )  # elements; below, a call costs more than the copy that lets one call serve many tensors
 _CHUNK = 1 << 18  # elements of tiny tensors that are joined
 _ROW = 1024
-_LEAST = 1e-30  # below, squares of float32 lose digits
 
 
 def as_vectors(tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return float32 tensors of a CPU as vectors that share their memory; None where one is of another kind."""
+    """Return float32 tensors of a CPU, large ones as vectors of the same memory; None where one is of another kind."""
     vectors: list[Tensor] = []
     for tensor in tensors:
         if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return None
         if tensor.is_inference():
             return None
-        vector = flat(tensor) if tensor.layout is torch.strided else None
+        if tensor.layout is not torch.strided:
+            return None
+        tiny = tensor.numel() <= _TINY and tensor.is_contiguous()
+        vector = tensor if tiny else flat(tensor)
         if vector is None:
             return None
         vectors.append(vector)
@@ -53,14 +56,18 @@ class Clamping:
         self.limit, self.leave, self.measure, self.again = limit, leave, measure, again
         self.clipped, self.finite = False, True
         self.before, self.after = [0.0] * count, [0.0] * count
+        self._tiny: list[Piece] = []
 
     def outcome(self, tensors: Sequence[Tensor]) -> Outcome:
         """Return what it came to for these tensors, which the vectors share their memory with."""
         if not self.measure:
             return Outcome(self.clipped, self.finite)
-        before = after = Measured(_roots(self.before), 2.0)
-        if self.clipped:
-            after = Measured(_roots(self.after), 2.0) if self.again else Later(tensors)
+        before: Measured = Pieces(len(self.before), self._tiny, self.before)
+        after = before
+        if self.clipped and not self.again:
+            after = Later(tensors)
+        elif self.clipped:
+            after = Pieces(len(self.after), self._tiny, self.after, self.limit)
         return Outcome(self.clipped, self.finite, before, after)
 
     def large_(self, owner: int, vector: Tensor) -> None:
@@ -71,7 +78,7 @@ class Clamping:
             if not within:
                 piece.clamp_(-self.limit, self.limit)
                 self.clipped = True
-                square = _square(piece) if self.again else 0.0
+                square = square_of(piece) if self.again else 0.0
             self.after[owner] += square
 
     def _look(self, piece: Tensor) -> tuple[bool, float]:
@@ -84,7 +91,7 @@ class Clamping:
             if largest <= self.limit and largest < math.inf:
                 return True, square
         elif self.measure:
-            square = _square(piece)
+            square = square_of(piece)
             if square < math.inf:  # a clamp changes nothing that is within
                 return square <= self.limit**2 * (1 - 1e-3), square
         least, most = torch.aminmax(piece)
@@ -93,10 +100,10 @@ class Clamping:
             self.finite = False
             return self.leave, square if square != square else math.inf
         if square == math.inf:
-            square = _square_in_double(piece)
+            square = square_of(piece)
         return -self.limit <= low and high <= self.limit, square
 
-    def tiny_(self, owners: Sequence[int], vectors: Sequence[Tensor]) -> None:
+    def tiny_(self, owners: Sequence[int], vectors: list[Tensor]) -> None:
         """Clamp vectors that are small, joined for all that is to be found out about them."""
         joined = _flatten_dense_tensors(vectors)
         least, most = torch.aminmax(joined)
@@ -106,12 +113,8 @@ class Clamping:
         within = -self.limit <= low and high <= self.limit
         within = within or (self.leave and not finite)
         if self.measure:
-            before = _squares(joined, vectors)
-            after = before
-            if self.again and not within:
-                after = _squares(joined.clamp(-self.limit, self.limit), vectors)
-            for owner, old, new in zip(owners, before, after, strict=True):
-                self.before[owner], self.after[owner] = old, new
+            values = joined if len(vectors) > 1 else joined.clone()  # a view of a single one
+            self._tiny.append(Piece(owners, [vector.numel() for vector in vectors], values))
         if not within:
             torch._foreach_clamp_min_(vectors, -self.limit)
             torch._foreach_clamp_max_(vectors, self.limit)
@@ -163,34 +166,3 @@ def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
                 chunk, filled = [], 0
     if chunk:
         yield chunk
-
-
-def _squares(joined: Tensor, vectors: Sequence[Tensor]) -> list[float]:
-    """Return the sum of squares of each of the vectors that `joined` is made of."""
-    parts = joined.split([vector.numel() for vector in vectors])
-    squares = torch.stack(torch._foreach_norm(parts)).double().square_()
-    found: list[float] = squares.tolist()
-    if math.inf not in found and not any(0.0 < square < _LEAST for square in found):
-        return found
-    return [_square_in_double(part) for part in parts]
-
-
-def _square(piece: Tensor) -> float:
-    """Return the sum of squares; infinite or NaN where an element is."""
-    square: float = torch.dot(piece, piece).item()
-    if _LEAST < square < math.inf or square == 0.0:
-        return square
-    return _square_in_double(piece)
-
-
-def _square_in_double(piece: Tensor) -> float:
-    wide = piece.double()
-    square: float = torch.dot(wide, wide).item()
-    return square
-
-
-def _roots(squares: Sequence[float]) -> Tensor:
-    """Return the norms whose squares are given, in float32 where that holds them."""
-    norms = torch.tensor(squares, dtype=torch.float64, device="cpu").sqrt_()
-    narrow = norms.float()
-    return norms if bool((narrow.isinf() & norms.isfinite()).any()) else narrow

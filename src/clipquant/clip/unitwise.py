@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from clipquant.clip.measured import Measured
 from clipquant.clip.norms import EXACT, norms_of_owners, value_norms
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.shards import local_values
+from clipquant.clip.unit_pieces import are_rows, scale_plain_
 from clipquant.clip.units import UnitLimits, front, row_norms, unit_norms
 
 _BLOCK = 1 << 20  # elements; with their weights, 8 MB in float32
 _SMALL = 1 << 16  # elements
-_LONG = 1024  # elements of a row; of shorter ones a part takes as long to read as the whole
 
 
 def scale_units_(
@@ -35,15 +36,13 @@ def scale_units_(
     Returns:
         The outcome on this process, with norms of order 2 where asked for.
     """
+    if limits.axis == 0 and are_rows(grads) and are_rows(params):
+        return scale_plain_(grads, params, limits, measure, partial(_scale_carefully_, limits))
     plain = [_is_plain(g) and _is_plain(p) for g, p in zip(grads, params, strict=True)]
     if limits.axis != 0:
         grads = [front(g, limits.axis) if plain[i] else g for i, g in enumerate(grads)]
         params = [front(p, limits.axis) if plain[i] else p for i, p in enumerate(params)]
-    scaled: list[_Scaled] = []
-    for group in _grouped(grads, params, plain):
-        # A part of the weights decides only where nothing is clipped, and is read for nothing elsewhere.
-        hopeful = not scaled or not scaled[-1].clipped
-        scaled.append(_scale_pieces_(group, limits, hopeful))
+    scaled = [_scale_pieces_(group, limits) for group in _grouped(grads, params, plain)]
     scaled += [
         _scale_odd_(i, grads[i], params[i], limits)
         for i, is_plain in enumerate(plain)
@@ -152,13 +151,12 @@ def _grouped(
     yield from together.values()
 
 
-def _scale_pieces_(pieces: list[_Piece], limits: UnitLimits, hopeful: bool) -> _Scaled:
+def _scale_pieces_(pieces: list[_Piece], limits: UnitLimits) -> _Scaled:
     """Scale dense gradients of one device: the coefficients of all their units are one vector."""
     pieces = sorted(pieces, key=lambda piece: piece.grad.ndim < 2)
     units, sizes = _unit_vector([piece.grad for piece in pieces])
     owners = [(piece.owner, size) for piece, size in zip(pieces, sizes, strict=True)]
-    hopeful = hopeful and len(pieces) == 1
-    if units.numel() == 0 or (hopeful and _are_within(units, pieces[0].weight, limits)):
+    if units.numel() == 0:
         return _Scaled(owners, units, units, finite=True)
     weights, _ = _unit_vector([piece.weight for piece in pieces])
     coefficients = limits.coefficients(units, weights)
@@ -174,19 +172,12 @@ def _scale_pieces_(pieces: list[_Piece], limits: UnitLimits, hopeful: bool) -> _
     return _Scaled(owners, units, units * coefficients, finite)
 
 
-def _are_within(units: Tensor, weight: Tensor, limits: UnitLimits) -> bool:
-    """Return whether the first eighth of each long row alone shows that no unit is beyond its limit.
-
-    The norm of a row is at least that of a part of it; this saves reading most of the weights in most steps. False
-    means only that the whole rows have to be asked.
-    """
-    if weight.ndim < 2 or weight.numel() < _LONG * len(weight):
-        return False
-    if not (weight.is_contiguous() and weight.is_cpu):
-        return False
-    rows = weight.view(len(weight), -1)
-    part: Tensor = torch.linalg.vector_norm(rows[:, : rows.shape[1] // 8], 2, dim=1)
-    return bool(((units <= limits.of(part)) & (units < math.inf)).all())
+def _scale_carefully_(
+    limits: UnitLimits, rows: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, bool]:
+    """Scale rows whatever they hold; return their norms before and after, and whether all are finite."""
+    scaled = _scale_pieces_([_Piece(0, rows, weights)], limits)
+    return scaled.before, scaled.after, scaled.finite
 
 
 def _scale_odd_(owner: int, grad: Tensor, param: Tensor, limits: UnitLimits) -> _Scaled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from clipquant.export.example import Example, ExportError, largest_difference, reason
 from clipquant.export.parts.capture import Capture, capture, quiet
+from clipquant.export.parts.distance import distance_judge, relative_error
 from clipquant.export.parts.format import Calls, Format
 from clipquant.export.parts.onnx_graph import (
     BASE_OPSET,
@@ -33,7 +31,7 @@ from clipquant.export.parts.onnx_graph import (
 from clipquant.export.parts.qdq import CALIBRATION, QdqFile, activation_ranges, quantize_qdq
 from clipquant.export.parts.record import ExportRecord, Timing
 from clipquant.export.parts.sessions import feeds, open_any, open_calls, runner
-from clipquant.export.parts.subject import Forward, Judge, Judgement, Subject
+from clipquant.export.parts.subject import Judge, Judgement, Subject
 from clipquant.export.parts.timing import interleaved_medians
 from clipquant.files import write_whole
 from clipquant.quant.codes.weights import QuantizedWeights
@@ -41,7 +39,6 @@ from clipquant.quant.codes.weights import QuantizedWeights
 BATCHES = (1, 32)
 _ENOUGH = 0.01  # of the metric: a drop within which no other operators are tried, without max_drop
 _COLLAPSE = 0.5  # of the outputs' norm: beyond it, a file that no metric has judged well is no file
-_COMPARED = 4  # batches
 _ENOUGH_DISTANCE = 0.1  # of the outputs' size: the same without a metric
 
 
@@ -131,13 +128,13 @@ def export_onnx_int8(
             ) from error
         batches = calibration if captured.dynamic else [captured.example]
         if judge is None:
-            judge_here, drop, enough = _distance(plain, batches), None, _ENOUGH_DISTANCE
+            judge_here, drop, enough = distance_judge(plain, batches), None, _ENOUGH_DISTANCE
         else:
             judge_here, drop = judge, max_drop
             enough = _ENOUGH if max_drop is None else max_drop
         chosen = _choose(source, weights, batches, outputs, judge_here, drop, enough)
         data = chosen.file.data
-        apart = _relative_error(plain, batches, runner(open_any(data), outputs))
+        apart = relative_error(plain, batches, runner(open_any(data), outputs))
         fine = judge is not None and chosen.judgement.drop <= enough
         if not fine and not apart <= _COLLAPSE:
             raise ExportError(
@@ -184,25 +181,6 @@ def _cast(example: Example) -> Example:
     return example.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
-def _relative_error(plain: nn.Module, batches: Sequence[Example], forward: Forward) -> float:
-    """Return the norm of what differs from the model's outputs on some batches, over their norm."""
-    noise = signal = 0.0
-    for batch in batches[:_COMPARED]:
-        pairs = zip(
-            *(map(_floats, (batch.run(plain), forward(*batch.args, **batch.kwargs)))), strict=True
-        )
-        for expected, actual in pairs:
-            noise += float((expected - actual).square().sum())
-            signal += float(expected.square().sum())
-    return math.sqrt(noise / signal) if signal else 0.0
-
-
-def _floats(outputs: Any) -> list[Tensor]:
-    """Return what is finite of the floating tensors among outputs."""
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return [t.double().nan_to_num(0.0, 0.0, 0.0) for t in leaves if t.is_floating_point()]
-
-
 def _float_model(captured: Capture, names: list[str]) -> bytes:
     import onnx_ir as ir
     import onnxscript.optimizer
@@ -217,22 +195,6 @@ def _float_model(captured: Capture, names: list[str]) -> bytes:
     strip_debug_info(model)
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
-
-
-def _distance(plain: nn.Module, batches: Sequence[Example]) -> Judge:
-    """Return a judge by the relative error of the outputs, where there is no metric."""
-
-    def judge(forward: Forward) -> Judgement:
-        errors = []
-        for batch in batches:
-            expected = batch.run(plain)
-            size = max((float(t.abs().max()) for t in pytree.tree_leaves(expected)), default=1.0)
-            errors.append(
-                largest_difference(expected, forward(*batch.args, **batch.kwargs)) / (size or 1.0)
-            )
-        return Judgement(float(np.mean(errors)), {})
-
-    return judge
 
 
 def _choose(

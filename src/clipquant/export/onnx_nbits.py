@@ -10,34 +10,28 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipquant.export.example import Example, largest_difference
+from clipquant.export.parts.blocks import FLOAT, INT8, Blocks, blocks_of
+from clipquant.export.parts.distance import relative_error
 from clipquant.export.parts.format import Calls, Format
 from clipquant.export.parts.onnx_graph import EXTRA, PACKAGES, dequantized_copy, require_onnx
-from clipquant.export.parts.onnx_weights import Emitter, stored_width
+from clipquant.export.parts.onnx_weights import Emitter
 from clipquant.export.parts.record import ExportRecord, Timing
 from clipquant.export.parts.sessions import feeds, open_any, open_calls, runner
 from clipquant.export.parts.subject import Judgement, Subject
 from clipquant.export.parts.timing import interleaved_medians
 from clipquant.files import write_whole
-from clipquant.quant.codes.grid import group, symmetric_zero
-from clipquant.quant.codes.pack import pack
-from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
+from clipquant.quant.codes.tensor import QuantizedTensor
 from clipquant.quant.codes.weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
-LEAST_BLOCK, BLOCK = (
-    16,
-    128,
-)  # weights that share a scale: what the operator takes; one a channel is repeated
-INT8, FLOAT = 4, 0  # accuracy levels: activations in blocks of int8, or as they are
 _ENOUGH = 0.002  # of the metric: where int8 loses more, activations stay in float
 _ENOUGH_DISTANCE = 0.05  # of the outputs' size: the same without a metric
-_SAME = 1e-5  # of the largest weight
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,11 @@ class OnnxNbits(Format):
 
         def judged(data: bytes) -> Judgement:
             forward = runner(open_any(data), outputs)
-            return subject.judge(forward) if subject.judge else _distance(plain, calls, forward)
+            return (
+                subject.judge(forward)
+                if subject.judge
+                else Judgement(relative_error(plain, calls, forward), {})
+            )
 
         enough = _ENOUGH if subject.max_drop is None else subject.max_drop
         enough = enough if subject.judge else _ENOUGH_DISTANCE
@@ -144,94 +142,6 @@ class OnnxNbits(Format):
 
     def open(self, path: str | Path, threads: int | None = None) -> Calls:
         return open_calls(path, threads)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A weight as MatMulNBits takes it, `w = scale * (codes - point) - rest` of each block.
-
-    Args:
-        codes: uint8 (rows, blocks, block * bits / 8), lowest bits first.
-        scale: float32 (rows, blocks).
-        point: uint8 zero points of each row, packed like the codes.
-        rest: float32 (rows, groups): what is fractional of the zeros, times the scale; None: nothing.
-        bits: 2, 4 or 8.
-        block: Weights that share a scale in the file.
-        group: Weights that share a `rest`.
-        columns: Inputs; the last block is filled up.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    point: Tensor
-    rest: Tensor | None
-    bits: int
-    block: int
-    group: int
-    columns: int
-
-
-def blocks_of(tensor: QuantizedTensor, level: int = INT8) -> Blocks | str:
-    """Return a weight as MatMulNBits takes it, or why it has no such form.
-
-    Codes of 2 bits take 4 where onnxruntime has no quick product of 2: in blocks of 16, or in float.
-
-    Args:
-        tensor: The weight.
-        level: What the activations are.
-    """
-    layout, columns = tensor.layout, tensor.layout.columns
-    if len(layout.shape) != 2 or layout.axis != 0 or layout.groups != 1:
-        return "no matrix of outputs by inputs"
-    if tensor.dtype != torch.float32:
-        return f"{str(tensor.dtype).removeprefix('torch.')}, not float32"
-    size = tensor.group_size
-    grouped = tensor.scale.shape[1] > 1
-    if grouped and (size < LEAST_BLOCK or size & (size - 1)):
-        return f"groups of {size}: no power of two from {LEAST_BLOCK} on"
-    block = min(size, BLOCK) if grouped else BLOCK
-    bits, count = stored_width(tensor), -(-columns // block)
-    if bits == 2 and (block == LEAST_BLOCK or level == FLOAT):
-        bits = 4
-
-    def repeated(part: Tensor) -> Tensor:
-        wide = part.float().expand(layout.rows, -1)
-        return wide.repeat_interleave(size // block if grouped else count, 1)[
-            :, :count
-        ].contiguous()
-
-    zero = tensor.zero
-    if zero is None:
-        middle = torch.as_tensor(symmetric_zero(tensor.grid.levels), dtype=torch.float32)
-        zero = middle.reshape(-1, 1).expand(layout.rows, 1)
-        zero = zero.expand(layout.rows, tensor.scale.shape[1])
-    zero = zero.float().expand(layout.rows, -1)
-    whole = zero.round().clamp(0, 2**bits - 1)
-    rest = tensor.scale.float() * (zero - whole)
-    codes = group(tensor.codes, block)
-    held = (codes.float() - repeated(whole)[..., None]) * repeated(tensor.scale)[..., None]
-    held -= repeated(rest)[..., None]
-    wanted = dequantize(tensor)
-    apart = float((held.reshape(layout.rows, -1)[:, :columns] - wanted).abs().max())
-    if not apart <= _SAME * float(wanted.abs().max().clamp(min=1e-30)):
-        return "its values are not scale * (code - zero) in float32"
-    return Blocks(
-        _packed(codes.reshape(layout.rows, -1), bits).reshape(layout.rows, count, -1),
-        repeated(tensor.scale),
-        _packed(repeated(whole).to(torch.uint8), bits),
-        rest if bool(rest.any()) else None,
-        bits,
-        block,
-        size if grouped else columns,
-        columns,
-    )
-
-
-def _packed(rows: Tensor, bits: int) -> Tensor:
-    """Return each row of codes packed by itself, filled up to whole bytes."""
-    each = 8 // bits
-    filled = torch.nn.functional.pad(rows, (0, -rows.shape[1] % each))
-    return pack(filled, bits).reshape(rows.shape[0], -1)
 
 
 def _products(weight: ir.Value) -> Iterator[ir.Node]:
@@ -310,24 +220,6 @@ def _rest(emit: Emitter, x: Any, blocks: Blocks) -> ir.Value:
     groups = torch.arange(blocks.columns) // blocks.group
     sums = nn.functional.one_hot(groups, blocks.rest.shape[1]).float()
     return emit.op("MatMul", [emit.op("MatMul", [x, emit.constant("sums", sums.numpy())]), weights])
-
-
-def _distance(plain: nn.Module, calls: Sequence[Example], forward: Any) -> Judgement:
-    """Return how far a file's outputs are from the quantized model's, as a share of their size."""
-    off = size = 0.0
-    for call in calls[:4]:
-        wanted = [t for t in _leaves(call.run(plain)) if t.is_floating_point()]
-        own = [t for t in _leaves(forward(*call.args, **call.kwargs)) if t.is_floating_point()]
-        off += sum(
-            float((a.double() - b.double()).square().sum())
-            for a, b in zip(own, wanted, strict=True)
-        )
-        size += sum(float(t.double().square().sum()) for t in wanted)
-    return Judgement((off / size) ** 0.5 if size else 0.0, {})
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def _timings(

@@ -21,7 +21,7 @@ from clipquant.budget.goal import (
 )
 from clipquant.errors import ArgumentError
 from clipquant.model.quantized import QuantizedModel, make_report
-from clipquant.quant.codes.coding import Coding, with_coding
+from clipquant.quant.codes.coding import Coding, is_coded, with_coding
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.harm import allocated_errors
 from clipquant.quant.network.calibration import Calibration
@@ -97,6 +97,7 @@ def quantize_auto(
         seen.calibration,
         group_size=_group_size(goal),
         fixed=_given_widths(selection.targets, goal.recipe),
+        coded=is_coded(goal.coding),
     )
     base = replace(
         make_report(rows.weights(rows.uniform(8)), model),
@@ -116,9 +117,7 @@ def quantize_auto(
         errors = allocated_errors(rows, allocation.weights)
     weights = with_coding(replace(allocation.weights, errors=errors), goal.coding)
     report = make_report(weights, model, rows.sensitivities(allocation.bits))
-    if (
-        asked.max_drop is not None and allocation.budget.met
-    ):  # the user's own metric says what harm is
+    if asked.max_drop is not None and allocation.budget.met:  # the user's metric says what harm is
         report = replace(report, layers=tuple(map(unharmed, report.layers)))
     made = QuantizedModel(weights, report).reported(
         float_metrics=dict(before.metrics),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,9 @@ from clipquant.quant.network.calibration import (
     Progress,
     calibration_data,
     call_model,
+    plain_loop,
 )
+from clipquant.quant.network.devices import asked_device, device_of, loop_on_device, moved
 from clipquant.quant.network.layers import Globs
 from clipquant.quant.network.twin import twin_of
 from clipquant.quant.quantize import quantize_weights
@@ -62,6 +65,7 @@ def quantize(
     score: Score | None = None,
     confidence: float | None = None,
     coding: Coding = "dense",
+    device: torch.device | str | int | None = None,
 ) -> QuantizedModel:
     """Return `model` quantized; `model` itself is never touched.
 
@@ -98,6 +102,9 @@ def quantize(
         coding: How a file holds codes: "dense"; "entropy", each weight in an entropy code where that is smaller,
             which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where that extra
             is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is coded.
+        device: Where a copy of the model runs and its codes are computed, such as "cuda"; a layer that finds no
+            memory there is computed on the CPU, and the report says so. The result lies where the model does.
+            None: there.
 
     Returns:
         The quantized model, with its report.
@@ -112,11 +119,16 @@ def quantize(
     check_model(model)
     check_spelling(method)
     check_coding(coding)
-    data = as_batches(data)
+    data, on = as_batches(data), asked_device(device)
     chosen = MAX_BITS if bits == "auto" else bits
     recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
     if bits == "auto":
         check_auto(max_drop, max_size, recipe, confidence)
+        if on is not None:
+            raise ArgumentError(
+                f"bits='auto' computes where the model lies; got device={device!r}. Move the model there, and leave "
+                "device out."
+            )
         batches = _auto_data(data, calibration_batches)
         goal = AutoBits(max_drop, max_size, NAME, "max", recipe, confidence, coding)
         judge = None if score is None else _judge_of(model, score)
@@ -130,8 +142,12 @@ def quantize(
     check_budgets(bits, max_drop, max_size, confidence)
     batches = [] if data is None else calibration_data(data, calibration_batches)
     with progress_bar(progress) as tell:
-        guest = twin_of(model) if batches else model
-        made = quantize_by(recipe, guest, Calibration(batches, forward, tell))
+        guest = model if on is None and not batches else twin_of(model)
+        loop = plain_loop if on is None else loop_on_device(on)
+        guest = guest if on is None else guest.to(on)
+        made = quantize_by(recipe, guest, Calibration(batches, forward, tell, on, loop))
+    if on is not None:
+        made = replace(made, weights=moved(made.weights, device_of(model)))
     made = made if coding == "dense" else made.coded(coding)
     _warned(made)
     if score is None:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from clipquant.quant.codes.trained import METHOD
 from clipquant.report.digits import change_said, measured, pair, size
 from clipquant.report.plots import counted
 from clipquant.report.record import QuantizationReport, drop_of, ratio_said
 from clipquant.report.text import escape
 
 HEADER = ("", "float", "quantized", "change")
+_WAYS = {"rows": "bits for each row", "trained": "as trained"}
 SEARCH_HEADER = ("tried", "bytes", "metric", "drop", "")
 
 
@@ -60,7 +62,7 @@ def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
             value = f"{trial.value:.4g}"
             lost = None if before is None else drop_of(before, trial.value, report.mode)
             drop = "-" if lost is None else measured(lost, trial.error, 2)
-        what = "bits for each row" if trial.what == "rows" else "one width for all"
+        what = _WAYS.get(trial.what, "one width for all")
         rows.append((what, f"{trial.size_bytes:,}", value, drop, "chosen" if trial.chosen else ""))
     return rows
 
@@ -77,6 +79,8 @@ def closing(report: QuantizationReport, said: Sequence[str] = ()) -> Iterator[st
         yield f"{report.monitor} judges: {way} is better, {report.mode_from}."
     if not report.float_metrics:
         yield "Not judged: there was nothing to judge by, so what the rounding costs is not known."
+    if any(layer.method == METHOD for layer in report.layers):
+        yield "Trained with these codes: what stands under float is the trained network, which computed with them."
     told = bool(report.budget and report.budget.failure and report.budget.failure in " ".join(said))
     if report.budget is not None and not told and not report.suspicion:
         yield report.verdict

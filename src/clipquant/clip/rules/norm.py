@@ -88,7 +88,7 @@ class Norm(Rule):
     def plan(
         self, grads: Gradients, params: Sequence[Tensor], state: State
     ) -> tuple[Scale | ScaleEach, State]:
-        limit, state = self._limit(state)
+        limit, state = self.limit(state)
         if self.scope == "global":
             return Scale(norm_coefficient(grads.measured(self.order).total, limit)), state
         norms = grads.norms(self.order)
@@ -102,7 +102,8 @@ class Norm(Rule):
     def clip(self, grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
         return plan.clip(grad, param)
 
-    def _limit(self, state: State) -> tuple[float, State]:
+    def limit(self, state: State) -> tuple[float, State]:
+        """Return the limit of this step, and the next state."""
         if not self.warmup_steps:
             return float(self.max_norm), state
         steps = state["steps"] + 1

@@ -11,10 +11,9 @@ import numpy as np
 
 from clipquant.export.example import Example, reason
 from clipquant.export.parts.capture import quiet
-from clipquant.export.parts.onnx_weights import keeps_codes
+from clipquant.export.parts.places import held_scales, places_of
 from clipquant.export.parts.recurrent import hold_recurrent
 from clipquant.export.parts.sessions import feeds, open_any
-from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 from clipquant.quant.codes.weights import QuantizedWeights
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 CALIBRATION = ("MinMax", "Percentile", "Entropy")
 _LARGEST = 1e30  # of an activation that has a range: beyond it stand masks
-_ROUNDING = 1e-5  # of a channel's largest: what folding a factor into a weight adds, and no more
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def quantize_qdq(
     import onnx
 
     graph = onnx.load(source).graph
-    scales, kept = _weights(graph, weights)
+    scales, kept = held_scales(graph, weights)
     fixed = _fixed_ranges(activations.ranges) | scales
     nodes = list(_weighted(graph)) if weighted_only else None
     endless = set(_endless_nodes(graph, activations.endless))
@@ -163,7 +161,7 @@ def _finished(
     graph = onnx.load_from_string(data).graph
     arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     floats = {name: array for name, array in arrays.items() if array.dtype == np.float32}
-    in_float = {key for key, t in weights.tensors.items() if next(_places(t, floats), None)}
+    in_float = {key for key, t in weights.tensors.items() if next(places_of(t, floats), None)}
     kept = (kept | recurrent) - in_float
     return QdqFile(method, weighted_only, data, kept, left or {}, frozenset(in_float))
 
@@ -242,102 +240,3 @@ def _fixed_ranges(
         bounds = {"rmin": np.float32(low), "rmax": np.float32(low + (high - low) * 255 / 127)}
         overrides[name] = [bounds]
     return overrides
-
-
-def _weights(
-    graph: onnx.GraphProto, weights: QuantizedWeights
-) -> tuple[dict[str, list[dict[str, Any]]], frozenset[str]]:
-    """Return the artifact's scales of what the file can hold by them, and the weights that are so kept.
-
-    What a Gather reads is not: onnxruntime takes the table's scale and codes for those of its output,
-    where scales of single rows fit nothing, and codes must end at 127 like those of any activation.
-    """
-    from onnx import numpy_helper
-
-    arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-    tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
-    floats = {name for name, array in arrays.items() if array.dtype == np.float32}
-    overrides = {name: [_table(arrays[name])] for name in tables & floats}
-    kept: set[str] = set()
-    for key, tensor in weights.tensors.items():
-        if not keeps_codes(tensor):
-            continue
-        places = list(_places(tensor, {name: arrays[name] for name in floats}))
-        fit = [place for place in places if place.name not in tables]
-        overrides |= {place.name: _scales(tensor, place) for place in fit}
-        if places and len(fit) == len(places):
-            kept.add(key)
-    return overrides, frozenset(kept)
-
-
-def _table(array: np.ndarray) -> dict[str, Any]:
-    """Return the scale and zero point that map a table onto codes 0 to 127."""
-    from onnxruntime.quantization import QuantType
-
-    low, high = min(float(array.min(initial=0.0)), 0.0), max(float(array.max(initial=0.0)), 0.0)
-    scale = (high - low) / 127 or 1.0
-    return {
-        "quant_type": QuantType.QUInt8,
-        "scale": np.array(scale, dtype=np.float32),
-        "zero_point": np.array(round(-low / scale), dtype=np.uint8),
-    }
-
-
-@dataclass(frozen=True)
-class _Place:
-    """An initializer that is a weight, or its transpose, each channel times a factor.
-
-    Args:
-        name: Its name.
-        axis: Its axis of channels.
-        factors: One a channel: 1, or what a BatchNorm behind it was folded to.
-    """
-
-    name: str
-    axis: int
-    factors: np.ndarray
-
-
-def _scales(tensor: QuantizedTensor, place: _Place) -> list[dict[str, Any]]:
-    from onnxruntime.quantization import QuantType
-
-    scales = tensor.scale.float().numpy().reshape(-1)
-    if not np.all(place.factors == 1):
-        scales = (
-            np.abs(place.factors).astype(np.float32) * scales
-        )  # a factor below 0 turns codes round
-    common: dict[str, Any] = {
-        "quant_type": QuantType.QInt8,
-        "zero_point": np.array(0, dtype=np.int8),
-    }
-    if len(scales) > 1:
-        common["axis"] = place.axis
-    return [{"scale": np.array(scale), **common} for scale in scales]
-
-
-def _places(tensor: QuantizedTensor, arrays: Mapping[str, np.ndarray]) -> Iterator[_Place]:
-    """Yield each initializer that holds a weight, under whatever name."""
-    axis, weight = tensor.layout.axis, dequantize(tensor).float().numpy()
-    for name, array in arrays.items():
-        if array.shape == weight.shape and (factors := _factors(array, weight, axis)) is not None:
-            yield _Place(name, axis, factors)
-        elif (
-            weight.ndim == 2
-            and array.shape == weight.T.shape
-            and (factors := _factors(array.T, weight, axis)) is not None
-        ):
-            yield _Place(name, 1 - axis, factors)
-
-
-def _factors(array: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray | None:
-    """Return what each channel of `weight` is multiplied by to give `array`; None: it is another weight."""
-    if np.array_equal(array, weight):
-        return np.ones(weight.shape[axis])
-    one, other = (
-        np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1).astype(float) for a in (array, weight)
-    )
-    squares = np.square(other).sum(1)
-    factors = np.divide((one * other).sum(1), squares, out=np.ones(len(other)), where=squares > 0)
-    exact = np.abs(one - factors[:, None] * other).max(initial=0.0, axis=1)
-    within = exact <= _ROUNDING * np.abs(one).max(initial=0.0, axis=1)
-    return factors if bool(within.all() and factors.all()) else None

@@ -56,13 +56,18 @@ def with_coding(weights: QuantizedWeights, coding: Coding) -> QuantizedWeights:
     check_coding(coding)
     dense = {name: replace(tensor, stream=None) for name, tensor in weights.tensors.items()}
     bare = replace(weights, tensors=dense)
-    if coding == "dense" or (coding == "auto" and find_spec(LIBRARY) is None):
+    if not is_coded(coding):
         return bare
     coded = {name: streamed(tensor) for name, tensor in dense.items()}
     saved = sum(_dense(t) - t.stream.nbytes for t in coded.values() if t.stream is not None)
     if coding == "auto" and saved * _WORTH < _bytes(bare):
         return bare
     return replace(weights, tensors=coded)
+
+
+def is_coded(coding: Coding) -> bool:
+    """Return whether codes may come to stand in an entropy code: where that is asked for and can be done."""
+    return coding == "entropy" or (coding == "auto" and find_spec(LIBRARY) is not None)
 
 
 def streamed(tensor: QuantizedTensor) -> QuantizedTensor:

@@ -20,11 +20,12 @@ from clipquant.quant.network.moments import HESSIAN_LIMIT, Moments, observe
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.widths.frontier import WIDTHS, Choices, Frontier, frontier
 from clipquant.quant.widths.nearest import nearest_rows
+from clipquant.quant.widths.rate import RateTable, rated_apart, rated_rows
 from clipquant.quant.widths.rows import RowGptq, solve_rows
+from clipquant.quant.widths.sensitivity import with_unseen
 from clipquant.quant.widths.table import RowTable
 
 ROWS = RowGptq()  # how rows are walked
-UNSEEN = 0.1  # share of the mean that a row of a lookup counts for which no batch looks up
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Allocator:
 
     model: nn.Module
     selection: Selection
-    tables: Mapping[str, RowTable]
+    tables: Mapping[str, RowTable | RateTable]
     biases: Mapping[str, str]
     frontier: Frontier
     notes: Mapping[str, str]
@@ -58,7 +59,7 @@ class Allocator:
             if is_pruned(target.weight):
                 coded = kept_zeros(coded, target.layout.fold(target.weight.detach()).float().cpu())
             tensors[target.name] = QuantizedTensor(
-                coded, own, target.layout, target.weight.dtype, table.method
+                coded, table.widths(own), target.layout, target.weight.dtype, table.method
             )
         floats = rest_of(self.model, tensors, self.selection.aliases)
         for name, bias in self.biases.items():
@@ -105,6 +106,7 @@ def allocator(
     *,
     group_size: int | None = None,
     fixed: Mapping[str, int] | None = None,
+    coded: bool = False,
 ) -> Allocator:
     """Return every weight at every width, and the frontier of their allocations.
 
@@ -119,11 +121,14 @@ def allocator(
         calibration: Batches, and how to run them; none: every weight is rounded to nearest.
         group_size: Weights of a row that share a scale. None: the whole row.
         fixed: Name of a weight -> its width, where it is given.
+        coded: Whether codes will stand in an entropy code: then rows are weighed by the bytes that they take
+            there, and their codes chosen by error and bytes together.
 
     Raises:
         ValueError: If a weight's inputs are NaN or infinite.
     """
-    tables, biases, choices, notes = {}, {}, {}, {}
+    tables: dict[str, RowTable | RateTable] = {}
+    biases, choices, notes = {}, {}, {}
     for target, moments in _observed(model, selection.targets, calibration):
         name = target.name
         matrix = target.layout.fold(target.weight.detach()).float().cpu()
@@ -131,13 +136,19 @@ def allocator(
         given = (fixed or {}).get(name)
         own, bias = fisher[name], _free_bias(model, target, selection)
         if is_lookup(model, target):
-            own = own + UNSEEN * own.mean()
+            own = with_unseen(own)
         reached = bool(own.any())
         if given is None and not reached:
             given = MAX_BITS
         widths = tuple(range(WIDTHS)) if given is None else (given,)
-        if moments is None or moments.hessian.dim() == 2:
-            tables[name] = nearest_rows(matrix, own, widths, size)
+        by_rate = coded and given is None
+        known = moments if moments is not None and moments.hessian.dim() > 2 else None
+        if known is None:
+            tables[name] = (
+                rated_apart(matrix, own, size)
+                if by_rate
+                else nearest_rows(matrix, own, widths, size)
+            )
             losses = tables[name].errors / 2
             why = (
                 "its inputs' second moments are not known in full"
@@ -146,16 +157,20 @@ def allocator(
             )
             notes[name] = f"rounded to nearest: {why}"
         else:
-            tables[name] = solve_rows(
-                matrix, moments, widths, size, centred=bias is not None, knobs=ROWS
+            centred = bias is not None
+            tables[name] = (
+                rated_rows(matrix, known, size, centred=centred)
+                if by_rate
+                else solve_rows(matrix, known, widths, size, centred=centred, knobs=ROWS)
             )
-            losses = tables[name].errors * (output_curvature(own, moments) / 2).unsqueeze(1)
+            losses = tables[name].errors * (output_curvature(own, known) / 2).unsqueeze(1)
             if bias is not None:
                 biases[name] = bias
         if is_pruned(matrix):
             said = f"pruned: {int((matrix == 0).sum()):,} zeros kept by grids with exact zeros"
             notes[name] = f"{notes[name]}; {said}" if name in notes else said
-        choices[name] = Choices(target.layout.columns, losses, widths)
+        prices = tables[name].prices() if coded else None
+        choices[name] = Choices(target.layout.columns, losses, widths, prices)
     if calibration is not None:
         steps = len(selection.targets)
         calibration.tell(selection.targets[-1].name, steps, steps)

@@ -22,15 +22,28 @@ class Choices:
         columns: Weights in a row.
         losses: float64 (rows, 9): expected increase of the loss at 0 to 8 bits.
         widths: The widths allowed, rising; one alone pins the weight.
+        prices: float64 (rows, 9): bytes of each row's codes; None: dense codes of 0 to 8 bits.
     """
 
     columns: int
     losses: Tensor
     widths: tuple[int, ...] = tuple(range(WIDTHS))
+    prices: Tensor | None = None
 
     def row_bytes(self, width: int) -> int:
         """Return the bytes of one row's codes."""
         return (width * self.columns + 7) // 8
+
+    def costs(self) -> Tensor:
+        """Return the bytes of each row's codes at each width, (rows, 9): whole numbers where codes are dense."""
+        if self.prices is not None:
+            return self.prices
+        dense = torch.tensor([self.row_bytes(width) for width in range(WIDTHS)])
+        return dense.expand(len(self.losses), WIDTHS)
+
+    def code_bytes(self, bits: Tensor) -> int:
+        """Return the bytes of all rows' codes at these widths, uint8 (rows,)."""
+        return math.ceil(self.costs().gather(1, bits.long()[:, None]).sum())
 
 
 Allocation = Mapping[str, Tensor]  # name of a weight -> uint8 (rows,): the width of each row
@@ -48,7 +61,7 @@ class Frontier:
         row: int64 (steps,).
         start: int64 (steps,): width before the step.
         stop: int64 (steps,): width after it.
-        cost: int64 (steps,): bytes added.
+        cost: (steps,): bytes added, int64; float64 where some are expected ones of an entropy code.
         saved: float64 (steps,): loss saved.
     """
 
@@ -63,7 +76,12 @@ class Frontier:
     @property
     def least_bytes(self) -> int:
         """Bytes of all codes before any step."""
-        return sum(c.row_bytes(c.widths[0]) * len(c.losses) for c in self.choices.values())
+        return sum(math.ceil(c.costs()[:, c.widths[0]].sum()) for c in self.choices.values())
+
+    @property
+    def estimated(self) -> bool:
+        """Whether bytes are expected ones."""
+        return self.cost.is_floating_point()
 
     @property
     def most_bytes(self) -> int:
@@ -82,20 +100,20 @@ class Frontier:
         Raises:
             ValueError: If not even the smallest allocation fits.
         """
-        left = code_bytes - self.least_bytes
+        left: float = code_bytes - self.least_bytes
         if left < 0:
             raise ValueError(f"the codes take at least {self.least_bytes} bytes; got {code_bytes}.")
         spent = self.cost.cumsum(0)
         whole = int(torch.searchsorted(spent, left, right=True))
         taken = torch.zeros(len(self.cost), dtype=torch.bool)
         taken[:whole] = True
-        left -= int(spent[whole - 1]) if whole else 0
+        left -= spent[whole - 1].item() if whole else 0
         self._fill_rest(taken, whole, left)
         return self._widths(taken)
 
-    def _fill_rest(self, taken: Tensor, whole: int, left: int) -> None:
+    def _fill_rest(self, taken: Tensor, whole: int, left: float) -> None:
         """Mark, after the first step that does not fit, every step that still does."""
-        smallest = int(self.cost[whole:].min()) if whole < len(self.cost) else 0
+        smallest = self.cost[whole:].min().item() if whole < len(self.cost) else 0
         blocked: set[tuple[int, int]] = set()
         cost, weight, row = (part[whole:].tolist() for part in (self.cost, self.weight, self.row))
         for i, price in enumerate(cost):
@@ -143,19 +161,19 @@ def frontier(choices: Mapping[str, Choices]) -> Frontier:
 def _hull_steps(index: int, choice: Choices) -> tuple[Tensor, ...]:
     """Return (weight, row, start, stop, cost, saved) of one weight's hull steps."""
     rows = torch.arange(len(choice.losses))
-    prices = torch.tensor([choice.row_bytes(width) for width in range(WIDTHS)])
+    prices = choice.costs()
     current = torch.full_like(rows, choice.widths[0])
     steps = []
     for _ in choice.widths[1:]:
-        stop, slope = _steepest(choice, prices, current[rows], rows)
+        stop, slope = _steepest(choice, prices[rows], current[rows], rows)
         rows, stop = rows[slope > 0], stop[slope > 0]
         start = current[rows]
         saved = choice.losses[rows, start] - choice.losses[rows, stop]
         own = torch.full_like(rows, index)
-        steps.append((own, rows, start, stop, prices[stop] - prices[start], saved))
+        steps.append((own, rows, start, stop, prices[rows, stop] - prices[rows, start], saved))
         current[rows] = stop
     empty = torch.zeros(0, dtype=torch.int64)
-    first = (empty, empty, empty, empty, empty, empty.double())
+    first = (empty, empty, empty, empty, empty.to(prices.dtype), empty.double())
     return tuple(torch.cat(column) for column in zip(first, *steps, strict=True))
 
 
@@ -167,7 +185,7 @@ def _steepest(
     allowed = torch.zeros(WIDTHS, dtype=torch.bool)
     allowed[list(choice.widths)] = True
     saved = losses.gather(1, current[:, None]) - losses
-    cost = prices[None] - prices[current][:, None]
+    cost = prices - prices.gather(1, current[:, None])
     slope = torch.where((cost > 0) & allowed, saved / cost, -math.inf)
     best = slope.max(dim=1)
     return best.indices, best.values

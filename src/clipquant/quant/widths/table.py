@@ -39,6 +39,19 @@ class RowTable:
             zero[own] = -1.0 if coded.grid.zero is None else coded.grid.zero[own]
         return Coded(codes, Grid(scale, zero, row_levels(bits), first.grid.group_size))
 
+    def widths(self, bits: Tensor) -> Tensor:
+        """Return the width of the codes of each row, uint8 (rows,)."""
+        return bits
+
+    def prices(self) -> Tensor:
+        """Return the bytes that each row's codes take in an entropy code, float64 (rows, 9)."""
+        found = torch.zeros_like(self.errors)
+        for width, coded in self.coded.items():
+            share = torch.bincount(coded.codes.flatten(), minlength=256).double()
+            price = -(share / share.sum()).log2()
+            found[:, width] = price[coded.codes.long()].sum(1) / 8
+        return found
+
     def shift(self, bits: Tensor) -> Tensor | None:
         """Return the mean output that rows of these widths lose, (rows,); None without a bias."""
         if not self.shifts:
