@@ -4,7 +4,7 @@
     python benchmarks/budgets.py CHECKPOINT --only max_drop=0.01 3     # one budget, one uniform width
 
 Judged on the 10,000 test images, with the standard error of each drop; sensitivities and codes from 16 batches of 64
-training images, without labels. For each uniform width the table has the best of all methods, judged on the same images.
+training images, without labels. For each uniform width the table has the best of all methods, on the same images.
 """
 
 from __future__ import annotations
