@@ -108,7 +108,9 @@ def test_parameters_of_a_compiled_part_are_chosen_by_the_names_of_their_author(
 ) -> None:
     clip = GradientClipCallback(AGC(0.001), include=["body.0.*"], log="params")
     net = fit(tmp_path, way, clip)[1]
-    reference = fit(tmp_path / "plain", "", GradientClipCallback(AGC(0.001), include=["body.0.*"]))[1]
+    reference = fit(tmp_path / "plain", "", GradientClipCallback(AGC(0.001), include=["body.0.*"]))[
+        1
+    ]
     held = {k.replace("_orig_mod.", ""): v for k, v in net.state_dict().items()}
     assert all(torch.equal(v, held[k]) for k, v in reference.state_dict().items())
 
