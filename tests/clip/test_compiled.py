@@ -63,7 +63,6 @@ def fresh() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("what", "rule"),
     [
-        ("module", Value(0.1)),
         ("module", Norm(0.5)),
         ("submodule", AGC(0.05)),
     ],
@@ -87,11 +86,10 @@ def test_what_is_compiled_is_clipped_as_what_is_not(what: str, rule: Any) -> Non
     assert record.names == ("body.weight", "body.bias", "head.weight", "head.bias")
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_compiled_step_is_not_trusted_with_the_clipping(fused: bool) -> None:
+def test_a_compiled_step_is_not_trusted_with_the_clipping() -> None:
     weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    ours, theirs = (torch.optim.SGD([w], lr=0.1, momentum=0.9, fused=fused) for w in weights)
-    assert can_fold(ours) == fused
+    ours, theirs = (torch.optim.SGD([w], lr=0.1, momentum=0.9, fused=True) for w in weights)
+    assert can_fold(ours)
     ours.step = torch.compile(ours.step, backend="eager")  # type: ignore[method-assign]
     assert not can_fold(ours)
     for step in range(3):
