@@ -71,7 +71,10 @@ def quantize(
 
     Args:
         model: Any module.
-        bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
+        bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask. A number is
+            the same for all channels: in the same bytes bits by channel are nearer to the float network where
+            channels have many weights, farther where they have few, and take two to six times as long
+            (benchmarks/README.md); "auto" with `max_size` gives them.
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel. None: a
