@@ -84,9 +84,9 @@ def encode(codes: Tensor, grid: Grid, bits: int | Tensor) -> Tensor:
 
     A stream is a CRC-32 of the codes (4 bytes, little endian), the way in which they are foretold (a byte: 0, all
     alike; 1, by classes, line by line along the rows; 2, so along the columns; 3, all alike; 1 to 3 from each row's
-    code of zero on, round the alphabet's end), and the 32-bit words of a range coder, little endian. Rows of one width follow those of a smaller one, each with an alphabet and frequencies
-    of their own; see `Lines`, `Surroundings` and `Frequencies`. The codes of rows of 0 bits are all zero and cost
-    nothing.
+    code of zero on, round the alphabet's end), and the 32-bit words of a range coder, little endian. Rows of one
+    width follow those of a smaller one, each with an alphabet and frequencies of their own; see `Lines`,
+    `Surroundings` and `Frequencies`. The codes of rows of 0 bits are all zero and cost nothing.
 
     Args:
         codes: uint8 (rows, columns).
