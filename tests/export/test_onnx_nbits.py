@@ -115,6 +115,28 @@ def test_codes_are_the_artifacts_own(tmp_path):
     assert torch.equal(codes, weights.tensors["0.weight"].codes)
 
 
+def test_a_layer_that_runs_many_times_is_held_once(tmp_path):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = self.layer(x)
+            return x
+
+    torch.manual_seed(0)
+    record, apart, file = written(
+        Again().eval(), torch.randn(2, 64), Recipe(4, granularity=32), tmp_path / "a.onnx"
+    )
+    assert kinds(file).count("MatMulNBits") == 3
+    assert sum(i.name.endswith("codes") for i in file.graph.initializer) == 1
+    names = [i.name for i in file.graph.initializer]
+    assert len(set(names)) == len(names)
+    assert record.difference <= 0.02
+
+
 def test_layers_that_have_no_such_form_stay_as_in_onnx_and_are_named(tmp_path):
     torch.manual_seed(0)
     model, ids = Mixed().eval(), torch.randint(30, (2, 9))

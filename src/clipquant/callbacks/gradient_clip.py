@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -30,7 +31,7 @@ from clipquant.callbacks.clip_checks import (
     warn_of_unseen_steps,
 )
 from clipquant.callbacks.clip_figures import Log, figures, group_names, logs_now, own_name
-from clipquant.callbacks.clip_folding import is_last_reader, may_fold
+from clipquant.callbacks.clip_folding import is_last_reader, may_fold, policy_on
 from clipquant.callbacks.clip_keywords import naming_remedies
 from clipquant.callbacks.clip_resume import (
     Resume,
@@ -51,7 +52,7 @@ from clipquant.callbacks.lightning import Callback
 from clipquant.clip.apply import clip_assigned_
 from clipquant.clip.assign import Assignment, as_rule
 from clipquant.clip.finite import OnNonfinite, check_policy
-from clipquant.clip.fold import can_skip, supports_scaling, unfold_
+from clipquant.clip.fold import supports_scaling, unfold_
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule
@@ -93,7 +94,7 @@ class GradientClipCallback(Callback):
     @naming_remedies
     def __init__(
         self,
-        rule: float | Rule = 1.0,
+        rule: int | float | Rule = 1.0,  # noqa: PYI041 - a YAML file's -1 is shown as it was written
         *,
         on_nonfinite: OnNonfinite = "skip",
         max_consecutive_skips: int | None = 10,
@@ -178,7 +179,7 @@ class GradientClipCallback(Callback):
         if device is None:  # e.g. training_step returned None: there is no step to count
             return
         attached.begin()
-        record = self._clip(trainer, pl_module, index, attached, assignment)
+        record = self._clip(trainer, pl_module, index, attached, assignment, device)
         attached.end(record, device)
         self.record = record
         progress = self._progress[index].after(record, trainer.global_step)
@@ -237,10 +238,10 @@ class GradientClipCallback(Callback):
         index: int,
         attached: Attached,
         assignment: Assignment,
+        device: torch.device,
     ) -> ClipRecord:
         scaler, optimizer = scaler_of(trainer), attached.optimizer
-        last = is_last_reader(self, trainer, pl_module)
-        fold = last and may_fold(optimizer, assignment)
+        fold = may_fold(optimizer, assignment) and is_last_reader(self, trainer, pl_module)
         folds_scaled = fold and self.skip_above is None
         factor = 1.0
         if scaler is not None:
@@ -254,9 +255,7 @@ class GradientClipCallback(Callback):
         later = not (supports_scaling(optimizer) or logs_now(trainer))
         divides = factor != 1.0 and not folds_scaled
         undoes = self.on_nonfinite == "skip" and attached.evaluations is not None
-        policy: Any = self.on_nonfinite
-        if policy == "skip" and last and can_skip(optimizer):
-            policy = "defer"
+        policy = policy_on(device, self, trainer, pl_module, optimizer)
         with divided(assignment.params, factor) if divides else nullcontext():
             record = clip_assigned_(
                 within(assignment, trainer.global_step, self.start_step, self.stop_step),
@@ -268,11 +267,10 @@ class GradientClipCallback(Callback):
                 loss_scale=1.0 if divides else factor,
                 later=later and not divides,
             )
-        if isinstance(record, UnreadRecord):
+        if isinstance(record, UnreadRecord) or not (scaler is not None or undoes):
             return record
         # What is not finite makes a scaler leave out the step, or has the step undone.
-        left = (scaler is not None or undoes) and bool(record.nonfinite)
-        return replace(record, skipped=True) if left else record
+        return replace(record, skipped=True) if record.nonfinite else record
 
     def _attach(self, index: int, optimizer: Optimizer) -> Attached:
         attached = self._attached.get(index)

@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 import torch
 
 from clipquant.callbacks.failures import Failure
-from clipquant.callbacks.qat import QuantizationAwareTraining, hold_trained_
+from clipquant.callbacks.qat import QuantizationAwareTraining
 from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.network.bare import bare_key
 from clipquant.quant.training.learned_grid import LearnedGrid
+from clipquant.quant.training.running import hold_trained_
 
 SAID = "no batch: codes and grids are those of the training"
 

@@ -78,7 +78,7 @@ def can_skip(optimizer: Optimizer) -> bool:
         return True
     groups = optimizer.param_groups
     return all(
-        optimizer.state[p].get("momentum_buffer") is not None
+        optimizer.state.get(p, {}).get("momentum_buffer") is not None
         for group in groups
         for p in group["params"]
         if group["momentum"] and p.grad is not None

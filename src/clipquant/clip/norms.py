@@ -40,7 +40,7 @@ def tensor_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
         Shape (len(tensors),), float32, or float64 where a tensor is double or its squares overflow float32.
 
     Example:
-        >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)])
+        >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0, device="cpu")])
         tensor([5., 0.])
     """
     return reduce_norms(
@@ -73,7 +73,7 @@ def bounded_norms(values: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor,
         larger than the largest of them.
     """
     if not values:
-        return torch.zeros(0), []
+        return torch.zeros(0, device="cpu"), []
     home = values[0].device
     if order == math.inf:
         parts = norms = [_largest_magnitude(v) for v in values]

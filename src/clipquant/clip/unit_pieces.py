@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from clipquant.clip.outcome import Outcome
@@ -119,7 +119,8 @@ class Scaling:
 def are_rows(tensors: Sequence[Tensor]) -> bool:
     """Return whether all are float32 tensors of a CPU without gaps, so that rows are views."""
     return all(
-        tensor.dtype is torch.float32
+        type(tensor) in (Tensor, nn.Parameter)  # a distributed one is more than its rows here
+        and tensor.dtype is torch.float32
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()

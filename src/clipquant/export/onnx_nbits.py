@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipquant.export.example import Example, largest_difference
 from clipquant.export.parts.blocks import FLOAT, INT8, Blocks, blocks_of
@@ -57,7 +57,7 @@ class OnnxNbits(Format):
         """Write the file: activations in int8 where that loses little, else in float.
 
         A weight takes the operator's own form where it is multiplied as a whole, in float32, and its groups
-        are a power of two from 16 on; a channel's one scale is repeated every 128 weights. What is
+        are a power of two from 16 on; a channel's one scale is repeated every 256 or 128 weights. What is
         fractional of a zero is taken off after the product, exactly. All others stay as in `base`.
         """
         require_onnx()
@@ -124,8 +124,11 @@ class OnnxNbits(Format):
             if isinstance(blocks, str):
                 left.setdefault(blocks, []).append(name)
                 continue
+            held = _Constants(Emitter(f"{key}.nbits"), {})
             for number, node in enumerate(products):
-                _replace_(graph, node, f"{key}.nbits{number or ''}", blocks, level)
+                _replace_(graph, node, f"{key}.nbits{number or ''}", blocks, level, held)
+            for initializer in held.emit.initializers:
+                graph.register_initializer(initializer)
             done += len(products)
         RemoveUnusedNodesPass()(model)
         if done:
@@ -170,17 +173,32 @@ def _plain(node: ir.Node, transposed: bool) -> bool:
     return ones and not given.get("transA", 0) and bool(given.get("transB", 0)) == transposed
 
 
-def _replace_(graph: ir.Graph, node: ir.Node, name: str, blocks: Blocks, level: int) -> None:
+@dataclass(frozen=True)
+class _Constants:
+    """The constants of one weight, which all products with it share."""
+
+    emit: Emitter
+    made: dict[str, ir.Value]
+
+    def of(self, suffix: str, values: Tensor) -> ir.Value:
+        if suffix not in self.made:
+            self.made[suffix] = self.emit.constant(suffix, values.contiguous().numpy())
+        return self.made[suffix]
+
+
+def _replace_(
+    graph: ir.Graph, node: ir.Node, name: str, blocks: Blocks, level: int, constants: _Constants
+) -> None:
     """Put MatMulNBits, and what is taken off or added after it, in the place of a product."""
     import onnx_ir as ir
 
     emit, x = Emitter(name), node.inputs[0]
-    constants = {
+    parts = {
         "codes": blocks.codes,
         "scale": blocks.scale.flatten(),
         "point": blocks.point.flatten(),
     }
-    held = [emit.constant(suffix, part.contiguous().numpy()) for suffix, part in constants.items()]
+    held = [constants.of(suffix, part) for suffix, part in parts.items()]
     product = ir.node(
         "MatMulNBits",
         [x, *held],
@@ -195,7 +213,7 @@ def _replace_(graph: ir.Graph, node: ir.Node, name: str, blocks: Blocks, level: 
     out = product.outputs[0]
     out.name = f"{name}.product"
     if blocks.rest is not None:
-        out = emit.op("Sub", [out, _rest(emit, x, blocks)])
+        out = emit.op("Sub", [out, _rest(emit, x, blocks, constants)])
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
         out = emit.op("Add", [out, bias])
@@ -210,16 +228,16 @@ def _replace_(graph: ir.Graph, node: ir.Node, name: str, blocks: Blocks, level: 
     out.name = kept
 
 
-def _rest(emit: Emitter, x: Any, blocks: Blocks) -> ir.Value:
+def _rest(emit: Emitter, x: Any, blocks: Blocks, constants: _Constants) -> ir.Value:
     """Return what fractions of zeros add to a product: the sum of each group's inputs, weighted."""
     assert blocks.rest is not None  # noqa: S101 - the caller's condition
-    weights = emit.constant("rest", blocks.rest.T.contiguous().numpy())
+    weights = constants.of("rest", blocks.rest.T)
     if blocks.rest.shape[1] == 1:
         total = emit.op("ReduceSum", [x, emit.shape("last", [-1])], keepdims=1)
         return emit.op("Mul", [total, weights])
     groups = torch.arange(blocks.columns) // blocks.group
     sums = nn.functional.one_hot(groups, blocks.rest.shape[1]).float()
-    return emit.op("MatMul", [emit.op("MatMul", [x, emit.constant("sums", sums.numpy())]), weights])
+    return emit.op("MatMul", [emit.op("MatMul", [x, constants.of("sums", sums)]), weights])
 
 
 def _timings(

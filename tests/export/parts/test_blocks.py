@@ -39,3 +39,10 @@ def test_codes_scales_and_points_give_the_weight_back():
 )
 def test_two_bits_take_four_where_the_runtime_has_no_quick_product(level, size, bits):
     assert of_layer(nn.Linear(64, 8), Recipe(2, granularity=size), level).bits == bits
+
+
+@pytest.mark.parametrize(
+    ("columns", "block"), [(2048, 256), (256, 256), (384, 128), (300, 128), (200, 256)]
+)
+def test_a_channels_scale_is_repeated_in_the_blocks_that_fill_up_least(columns, block):
+    assert of_layer(nn.Linear(columns, 8), Recipe(4, granularity="channel")).block == block

@@ -19,7 +19,8 @@ def laplacian(rows, columns, seed=0):
 
 def start(matrix, limits=LIMITS):
     extent = matrix.abs().amax(1, keepdim=True)
-    return Stepped.nearest(matrix, torch.cat([extent / (n - 0.25) for n in limits]), limits, 10**6)
+    scale = torch.cat([extent / (n - 0.25) for n in limits])
+    return Stepped.nearest(matrix, scale, limits, 10**6, torch.ones(len(limits)))
 
 
 def hessian(columns, seed=1):
@@ -67,7 +68,8 @@ def test_one_sweep_is_the_best_of_a_search_by_hand(monkeypatch):
     prices = first.prices()[0]
     for row in range(3):
         step = float(first.scale[row])
-        pull = step**2 * 2 * math.log(2) / 12
+        error = float((first.values()[row] - matrix[row]).square().sum())
+        pull = 2 * math.log(2) * error / 40
         for column in range(40):
             near = round(float(matrix[row, column]) / step)
             near = max(-4, min(4, near))
@@ -103,7 +105,7 @@ def test_groups_have_steps_of_their_own():
     matrix = laplacian(4, 64)
     matrix[:, 32:] *= 50
     extent = matrix.reshape(4, 2, 32).abs().amax(2)
-    first = Stepped.nearest(matrix, extent / 12.75, LIMITS[-1:], 32)
+    first = Stepped.nearest(matrix, extent / 12.75, LIMITS[-1:], 32, torch.ones(1))
     found = worthy(first, matrix, torch.eye(64), None)
     assert found.codes[:, :32].abs().amax() > 8
     assert torch.equal(found.scale, extent / 12.75)

@@ -83,7 +83,9 @@ class Norm(Rule):
         return self.scope == "global"
 
     def init(self) -> State:
-        return {"steps": torch.zeros((), dtype=torch.int64)} if self.warmup_steps else {}
+        return (
+            {"steps": torch.zeros((), dtype=torch.int64, device="cpu")} if self.warmup_steps else {}
+        )
 
     def plan(
         self, grads: Gradients, params: Sequence[Tensor], state: State

@@ -13,7 +13,10 @@ from clipquant.quant.codes.pack import pack
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 
 LEAST_BLOCK = 16  # weights that share a scale, at least: what the operator takes
-BLOCK = 128  # a channel's one scale is repeated for so many weights each
+BLOCKS = (
+    256,
+    128,
+)  # a channel's one scale is repeated for so many weights each: the quickest that fills up least
 INT8, FLOAT = 4, 0  # accuracy levels: activations in blocks of int8, or as they are
 _SAME = 1e-5  # of the largest weight
 
@@ -61,7 +64,7 @@ def blocks_of(tensor: QuantizedTensor, level: int = INT8) -> Blocks | str:
     grouped = tensor.scale.shape[1] > 1
     if grouped and (size < LEAST_BLOCK or size & (size - 1)):
         return f"groups of {size}: no power of two from {LEAST_BLOCK} on"
-    block = min(size, BLOCK) if grouped else BLOCK
+    block = min(size, BLOCKS[0]) if grouped else min(BLOCKS, key=lambda wide: -columns % wide)
     bits, count = stored_width(tensor), -(-columns // block)
     if bits == 2 and (block == LEAST_BLOCK or level == FLOAT):
         bits = 4

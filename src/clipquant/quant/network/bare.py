@@ -27,7 +27,8 @@ def inner_of(module: nn.Module) -> nn.Module:
     (True, True)
     """
     while type(module).__module__.startswith("torch."):
-        inner = next((i for name in WRAPPED if (i := module._modules.get(name)) is not None), None)
+        held = _plain(module._modules)
+        inner = next((i for name in WRAPPED if (i := held.get(name)) is not None), None)
         if inner is None:
             break
         module = inner
@@ -96,7 +97,7 @@ def _unwrapped(module: nn.Module, undo: list[Callable[[], object]]) -> list[nn.M
     parts = [module]
     seen = {id(module)}
     for part in parts:  # grows meanwhile
-        for name, child in part._modules.items():
+        for name, child in _plain(part._modules).items():
             inner = child if child is None else inner_of(child)
             if inner is not child:
                 undo.append(partial(part._modules.__setitem__, name, child))
@@ -105,6 +106,11 @@ def _unwrapped(module: nn.Module, undo: list[Callable[[], object]]) -> list[nn.M
                 seen.add(id(inner))
                 parts.append(inner)
     return parts
+
+
+def _plain(held: Any) -> dict[str, Any]:
+    """Return what a module holds; nothing for a compiled script, which keeps it to itself."""
+    return held if isinstance(held, dict) else {}
 
 
 def _without_engine_(part: nn.Module, undo: list[Callable[[], object]]) -> None:
@@ -153,8 +159,7 @@ def _hold_(
             value = nn.Parameter(value, old.requires_grad)
         new[id(old)] = value
     for part in module.modules():
-        held: Any
-        for held in (part._parameters, part._buffers):
+        for held in map(_plain, (part._parameters, part._buffers)):
             for name, own in list(held.items()):
                 if id(own) in new:
                     undo.append(partial(held.__setitem__, name, own))

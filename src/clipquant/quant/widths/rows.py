@@ -100,10 +100,10 @@ def row_hessian(moments: Moments, part: int, centred: bool) -> Tensor:
     return (hessian - torch.outer(mean, mean)) * torch.outer(moving, moving)
 
 
-def damped_hessian(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """Return H with its pull towards the float weights."""
+def damped_error(hessian: Tensor, damping: float = DAMPING) -> OutputError:
+    """Return the error of H with its pull towards the float weights, of which none is given."""
     nothing = OutputError(hessian, hessian.new_zeros(1, len(hessian)), hessian.new_zeros(1))
-    return nothing.damped(torch.zeros_like(hessian[:1]), damping).hessian
+    return nothing.damped(torch.zeros_like(hessian[:1]), damping)
 
 
 def believed_hessian(hessian: Tensor, moments: Moments) -> Tensor:
@@ -156,8 +156,7 @@ class _Problem:
         dtype: torch.dtype,
         knobs: RowGptq,
     ) -> _Problem:
-        nothing = OutputError(hessian, hessian.new_zeros(1, len(hessian)), hessian.new_zeros(1))
-        damped = nothing.damped(matrix[:1] * 0, knobs.damping)
+        damped = damped_error(hessian, knobs.damping)
         walk = plan_walk(damped)
         return cls(matrix, shown, hessian, damped.hessian, walk, group_size, dtype, knobs)
 
