@@ -13,7 +13,10 @@ from clipquant.quant.codes.pack import pack
 from clipquant.quant.codes.tensor import QuantizedTensor, dequantize
 
 LEAST_BLOCK = 16  # weights that share a scale, at least: what the operator takes
-BLOCKS = (256, 128)  # a channel's one scale is repeated for so many weights each: the quickest that fills up least
+BLOCKS = (
+    256,
+    128,
+)  # a channel's one scale is repeated for so many weights each: the quickest that fills up least
 INT8, FLOAT = 4, 0  # accuracy levels: activations in blocks of int8, or as they are
 _SAME = 1e-5  # of the largest weight
 
