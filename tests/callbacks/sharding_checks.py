@@ -13,11 +13,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils.data import DataLoader, TensorDataset
 from two_processes import COUNT, tell_lightning
 
@@ -32,12 +38,12 @@ from clipquant.errors import ArgumentError
 class Words(pl.LightningModule):
     """An embedding tied to the decoder, layers of rows that processes cannot share equally, and running statistics."""
 
-    def __init__(self, rate=0.1, sharded=False):
+    def __init__(self, rate=0.1, sharded=False, width=51):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(65, 32)
         self.net = nn.Sequential(
-            nn.Linear(32, 51), nn.BatchNorm1d(51), nn.Tanh(), nn.Linear(51, 32)
+            nn.Linear(32, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 32)
         )
         self.decode = nn.Linear(32, 65)
         self.decode.weight = self.embed.weight
@@ -283,13 +289,19 @@ def check_a_process_that_cannot_gather_keeps_nobody_waiting():
 
 
 def check_both_callbacks_and_two_of_a_kind_work_together():
-    other, folder = QuantizeOnFitEnd(2), shared_folder()
+    other, folder = QuantizeOnFitEnd(3, method="gptq"), shared_folder()
     other.dirpath = folder
     clip, callback = GradientClipCallback(0.01), QuantizeOnFitEnd(8)
     model, state = together(parts(), callback, clip, other)
     assert clip.record.grad_norm_clipped < clip.record.grad_norm
-    assert alone(state, QuantizeOnFitEnd(8)) == callback.artifact_path.read_bytes()
-    assert alone(state, QuantizeOnFitEnd(2)) == other.artifact_path.read_bytes()
+    for same, made in (
+        (QuantizeOnFitEnd(8), callback),
+        (QuantizeOnFitEnd(3, method="gptq"), other),
+    ):
+        single, held = alone(state, same), made.artifact_path.read_bytes()
+        assert single == held, differences(single, held)
+    stored, own = load_quantized(other.artifact_path), whole_of(model)
+    assert all(torch.equal(own[k], v) for k, v in stored.items())  # the last one's
 
 
 def check_rehearsal_finds_what_would_fail():
@@ -301,3 +313,49 @@ def check_rehearsal_finds_what_would_fail():
     callback = QuantizeOnFitEnd(8, on_fail="raise")
     with pytest.raises(QuantizationError, match="one batch alone"):
         together(parts(), callback, model=Fails(sharded=True))
+
+
+def check_the_best_checkpoint_of_parts_is_quantized():
+    for distributed in (True, False):
+        best = ModelCheckpoint(shared_folder(), monitor="val_loss", mode="max", filename="{epoch}")
+        strategy = parts()
+        strategy._save_distributed_checkpoint = distributed
+        callback = QuantizeOnFitEnd(8, weights="best", mode="min", monitor="val_loss")
+        settings = {"enable_checkpointing": True, "max_epochs": 2}
+        model, state = together(strategy, callback, best, **settings)
+        assert callback.report.failures == ()
+        assert "epoch=0" in best.best_model_path
+        stored, own = load_quantized(callback.artifact_path), whole_of(model)
+        assert all(torch.equal(own[k], v) for k, v in stored.items())
+        name = "net.3.weight"
+        gap = (stored[name] - state[name]).abs().max()
+        assert (
+            gap > 3 * callback.report.layers[-1].histogram.high / 127
+        )  # other weights than the last
+
+
+def check_rows_and_columns_shared_over_two_dimensions():
+    class Grid(Words):
+        def configure_model(self):
+            if not isinstance(self.net[0].weight, DTensor):
+                style = {"0": ColwiseParallel(), "3": RowwiseParallel()}
+                parallelize_module(self.net, self.device_mesh["tensor_parallel"], style)
+                fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+        def forward(self, x):
+            x = self.net[0](self.embed(x))
+            return self.decode(self.net[3](torch.tanh(x)))
+
+    strategy = ModelParallelStrategy(
+        data_parallel_size=max(COUNT // 2, 1),
+        tensor_parallel_size=2,
+        process_group_backend="gloo",
+    )
+    callback = QuantizeOnFitEnd(8, include=["*weight"])
+    model, state = together(strategy, callback, model=Grid(width=52), limit_val_batches=0)
+    assert callback.report.failures == ()
+    stored, own = load_quantized(callback.artifact_path), whole_of(model)
+    assert all(torch.equal(own[k], v) for k, v in stored.items())
+    assert all(
+        (stored[k] - v).abs().max() < 0.05 for k, v in state.items() if v.is_floating_point()
+    )

@@ -14,13 +14,24 @@ from torch.utils.data import DataLoader, TensorDataset
 from clipquant import GradientClipCallback, QuantizeOnFitEnd, load_quantized, quantize
 from clipquant.clip import AGC, Norm
 
-WAYS = ["whole", "part", "in place", "nested"]
+WAYS = ["whole", "in place", "nested"]
+
+
+class CompiledStep(torch.optim.SGD):
+    """An optimizer whose update is compiled."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()  # backward, and the callbacks before the step
+        if not hasattr(self, "update"):
+            self.update = torch.compile(super().step, backend="eager")
+        self.update()
+        return loss
 
 
 class Net(pl.LightningModule):
     """A body and a head; the body may be compiled."""
 
-    def __init__(self, way: str = "", backend: str = "aot_eager", step: bool = False) -> None:
+    def __init__(self, way: str = "", backend: str = "eager", step: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         body = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
@@ -45,14 +56,12 @@ class Net(pl.LightningModule):
         self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), 0.05)
-        if self.step:
-            optimizer.step = torch.compile(optimizer.step, backend=self.backend)
-        return optimizer
+        kind = CompiledStep if self.step else torch.optim.SGD
+        return kind(self.parameters(), 0.5, momentum=0.9)
 
 
 def rows() -> Any:
-    x = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8)
 
 
@@ -63,7 +72,7 @@ def fit(folder: Path, way: str = "", clip: Any = None, **named: Any) -> tuple[An
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", callbacks=[callback, *([clip] if clip else [])], logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        default_root_dir=folder,
+        default_root_dir=folder, num_sanity_val_steps=int(way == "nested"),
     )  # fmt: skip
     net = Net(way, **named)
     given = torch.compile(net, backend=net.backend) if way == "whole" else net
@@ -89,7 +98,7 @@ def test_the_file_is_that_of_the_module_that_is_not_compiled(
     own = {k.replace("_orig_mod.", ""): v for k, v in net.state_dict().items()}
     stored = load_quantized(callback.artifact_path)
     assert all(torch.equal(own[k], v) for k, v in stored.items())
-    assert any("_orig_mod" in key for key in net.state_dict()) == (way in ("part", "nested"))
+    assert any("_orig_mod" in key for key in net.state_dict()) == (way == "nested")
 
 
 def test_a_compiled_step_takes_the_clipped_gradients(
@@ -98,16 +107,14 @@ def test_a_compiled_step_takes_the_clipped_gradients(
     callback, net = fit(tmp_path, clip=GradientClipCallback(Norm(0.1)), step=True)
     for name, value in plain[1].state_dict().items():
         torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-5, atol=1e-6)
-    free, _ = fit(tmp_path / "free", step=True)
-    assert free.artifact_path.read_bytes() != callback.artifact_path.read_bytes()
+    assert callback.report.failures == ()
 
 
-@pytest.mark.parametrize("way", ["part", "nested"])
 def test_parameters_of_a_compiled_part_are_chosen_by_the_names_of_their_author(
-    way: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     clip = GradientClipCallback(AGC(0.001), include=["body.0.*"], log="params")
-    net = fit(tmp_path, way, clip)[1]
+    net = fit(tmp_path, "nested", clip)[1]
     reference = fit(tmp_path / "plain", "", GradientClipCallback(AGC(0.001), include=["body.0.*"]))[
         1
     ]

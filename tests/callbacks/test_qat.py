@@ -513,3 +513,62 @@ def test_a_budget_that_training_missed_is_told(tmp_path):
 def test_another_librarys_keyword_is_told_by_its_name_here():
     with pytest.raises(TypeError, match=r"nbits=2: give bits=2"):
         QuantizationAwareTraining(nbits=2)
+
+
+class Called(Small):
+    """Calls itself in validation, in whose place an exported file can run."""
+
+    def forward(self, x):
+        return self.net(x)
+
+    def validation_step(self, batch, i):
+        out = self(batch[0])
+        self.log("val_loss", nn.functional.cross_entropy(out, batch[1]))
+        self.log("val_acc", (out.argmax(1) == batch[1]).float().mean())
+
+
+def test_ranges_of_inputs_are_trained_and_an_int8_export_takes_them(tmp_path):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    quantizer = QuantizeOnFitEnd(
+        dirpath=tmp_path / "quantized", export=["onnx-int8"], monitor="val_acc", mode="max"
+    )
+    qat = QuantizationAwareTraining(8, start=0.2, activations=8)
+    trainer, _ = fit(quantizer, tmp_path, Called(), [qat], max_epochs=10)
+    (export,) = quantizer.report.exports
+    assert export["error"] is None
+    assert "activation ranges by training" in export["notes"]
+    seen = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert export["metrics"]["val_acc"] == pytest.approx(seen["val_acc"], abs=1 / 64 + 1e-6)
+    assert export["metrics"]["val_loss"] == pytest.approx(seen["val_loss"], rel=0.02)
+    ends = {name: grid.inputs for name, grid in qat.trained.items()}
+    assert ends["net.0.weight"][0] < -2 < 2 < ends["net.0.weight"][1]
+    assert ends["net.3.weight"][0] == 0.0  # behind a ReLU
+    # What training saw is not what float inputs give.
+    assert quantizer.report.quantized_metrics["val_loss"] != seen["val_loss"]
+
+
+def test_a_resumed_fit_goes_on_with_the_ranges_of_its_inputs(tmp_path):
+    keeper = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+
+    def fitted(*callbacks, ckpt_path=None):
+        torch.manual_seed(0)
+        qat = QuantizationAwareTraining(4, start=0.2, activations=8)
+        trainer = pl.Trainer(
+            callbacks=[qat, *callbacks], max_epochs=10, default_root_dir=tmp_path,
+            enable_checkpointing=bool(callbacks), **QUIET,
+        )  # fmt: skip
+        model = Small()
+        trainer.fit(model, loader(), loader(), ckpt_path=ckpt_path)
+        return qat.trained, model
+
+    trained, model = fitted(keeper)
+    for epoch in (3, 7):  # while ranges are seen, and while they are learned
+        again, resumed = fitted(ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert {n: g.inputs for n, g in again.items()} == {n: g.inputs for n, g in trained.items()}
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in resumed.state_dict().items())
+
+
+def test_activations_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="activations must be one of 8, None; got 4"):
+        QuantizationAwareTraining(4, activations=4)

@@ -285,7 +285,7 @@ def test_a_disk_that_fills_during_the_fit_leaves_the_trained_module_and_checkpoi
     assert all(torch.equal(v, kept[k]) for k, v in model.trained.items())
 
 
-def test_sharded_strategies_and_best_without_checkpoints_are_refused(tmp_path):
+def test_best_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"weights='best' needs a ModelCheckpoint"):
         fit(QuantizeOnFitEnd(8, weights="best"), tmp_path)
 

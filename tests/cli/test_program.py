@@ -112,6 +112,7 @@ def test_every_command_has_its_own_help(command, capsys):
         main([command, "--help"])
     assert stopped.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert cli.COMMANDS[command].help in said
+    assert f"{cli.COMMANDS[command].help[1:]}. " in said
+    assert f"For example: clipquant {command} {cli.COMMANDS[command].example}" in said
     if command == "export":
         assert "pt2, onnx, onnx-int8, onnx-nbits, compressed-tensors" in said

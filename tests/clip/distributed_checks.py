@@ -206,6 +206,43 @@ def check_two_mesh_dimensions():
         assert_same(ours, theirs, record, reference, str(rule))
 
 
+def check_a_step_of_fsdp2_takes_as_few_collectives_as_there_can_be():
+    calls = []
+    plain = dist.all_reduce
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return plain(*args, **kwargs)
+
+    # Norms travel once. Where rules clip on the way, what they found travels with the norms; AGC's units before that.
+    expected = {
+        Norm(0.5): 1,
+        Norm(1e4): 1,
+        Norm(0.5, scope="tensor"): 1,
+        Value(0.3): 1,
+        AGC(0.02): 2,
+    }
+    expected |= {Value(1e4): 1, AutoClip(40): 1, ZClip(): 1, AdaGC(): 1, Indicator(0.4): 2}
+    for rule, count in expected.items():
+        model = net()
+        fully_shard(model[0], mesh=mesh())
+        fully_shard(model, mesh=mesh())
+        model(batch(0)).square().mean().mul(50).backward()
+        calls.clear()
+        dist.all_reduce = counted
+        try:
+            record = clip_gradients_(model, rule, on_nonfinite="skip", measure=True)
+        finally:
+            dist.all_reduce = plain
+        assert len(calls) == count, (rule, len(calls))
+        assert record.grad_norm > 0
+        figures = (
+            record.norms,
+            record.norms_clipped,
+        )  # the same on all processes, without another collective
+        assert len(calls) == count, (rule, figures)
+
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3), nn.LayerNorm(3))

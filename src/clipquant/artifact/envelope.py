@@ -14,16 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipquant.artifact.entries import KINDS, Entry, listed_entries, read_entries
 from clipquant.artifact.fault import ArtifactError
-from clipquant.artifact.schema import (
-    KINDS,
-    Entry,
-    Manifest,
-    listed_entries,
-    oldest_version,
-    read_entries,
-    read_manifest,
-)
+from clipquant.artifact.schema import Manifest, oldest_version, read_manifest
 from clipquant.artifact.table import DATA, DIGESTS, TABLE, Frame, framed, inflate
 from clipquant.fields import FieldError, entries, fault, read_json, text
 

@@ -13,6 +13,7 @@ from clipquant.artifact.envelope import open_sealed, read_bytes
 from clipquant.artifact.fault import ArtifactError
 from clipquant.artifact.weights import Parts, packed_weight, unpacked_weight
 from clipquant.errors import ArgumentError, ArgumentTypeError
+from clipquant.quant.network.bare import on_bare
 
 
 def load_quantized(
@@ -26,7 +27,8 @@ def load_quantized(
 
     Nothing that is read can do harm: a file that was damaged or made to do so raises `ArtifactError`, and
     memory is taken in proportion to the file. Rows of 0 bits, which cost a file nothing, are no larger
-    than those of `model`; without one they may come to 32 MB and twice the file.
+    than those of `model`; without one they may come to 32 MB and twice the file, and codes in an entropy
+    code beyond 8 a byte to a quarter of that.
 
     Args:
         path: A file written by `QuantizedModel.save` or `QuantizeOnFitEnd`.
@@ -34,15 +36,16 @@ def load_quantized(
         packed: Whether `model` is to hold its weights packed, as the file does, and dequantize a
             layer at a time when it runs: about the file's size in memory, the same outputs, and
             weights that cannot be trained. It may have been built under `torch.device("meta")`.
-        max_constant_bytes: Without a model, most bytes that rows of 0 bits may come to. None: 32 MB and
-            twice the file.
+        max_constant_bytes: Without a model, most bytes that rows of 0 bits, or codes beyond 8 a byte, may
+            come to. None: as said above.
 
     Returns:
         Without `model`: every key of the saved model's state dict -> tensor, for
         `load_state_dict`. With it: `model` itself.
 
     Raises:
-        ArtifactError: If the file is missing, damaged or of a newer format, or `model` differs
+        ArtifactError: If the file is missing, damaged or of a newer format, if its codes stand in an entropy
+            code and the extra `clipquant[entropy]` is not installed, or if `model` differs
             from what was saved (names the missing, the unexpected and the misshapen tensors).
         ValueError: If `packed` is asked for without a model.
         TypeError: If the two arguments are swapped, or `model` is a class.
@@ -62,12 +65,20 @@ directory.
             )
         return parse(read_bytes(path), path, {}, max_constant_bytes).weights.state_dict()
     parts = Parts(open_sealed(read_bytes(path), path), path)
-    manifest = parts.opened.manifest
-    _check_fit(model, manifest.shapes, str(path))
+    _load(model, parts, packed)
+    return model
+
+
+@on_bare
+def _load(model: nn.Module, parts: Parts, packed: bool) -> None:
+    """Load a file into a model that it fits."""
+    manifest, path = parts.opened.manifest, str(parts.path)
+    _check_fit(model, manifest.shapes, path)
     if packed:
-        return _load_packed(parts, model)
+        _load_packed(parts, model)
+        return
     tensors = {name: unpacked_weight(parts, name) for name in manifest.weights}
-    return load_state(model, weights_of(parts, tensors).state_dict(), str(path))
+    load_state(model, weights_of(parts, tensors).state_dict(), path)
 
 
 def _check_types(path: object, model: object) -> None:
@@ -113,10 +124,15 @@ def _load_packed(parts: Parts, model: nn.Module) -> nn.Module:
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
     """Load a state dict into `model` if every key and shape fits; otherwise change nothing."""
     check_fillable(model)
+    _fill_(model, state, source)
+    return model
+
+
+@on_bare
+def _fill_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, source)
     _check_filled(model, state, source)
     model.load_state_dict(dict(state), strict=False, assign=_on_meta(model))
-    return model
 
 
 def _on_meta(model: nn.Module) -> bool:

@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from clipquant.artifact.entries import FLOATS, Entry, paid
 from clipquant.fields import FieldError, entries, fault, flag, items, one_of, shape, text, whole
 from clipquant.quant.codes.layout import Layout
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.codes.weights import LeftInFloat
 from clipquant.stored import StoredReport, read_stored
 
-# How safetensors calls the dtypes, in the order in which it lays tensors out.
-KINDS = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
-    torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in KINDS.items()}
-FLOATS = {str(d).removeprefix("torch."): d for d in KINDS if d.is_floating_point and d.itemsize > 1}
 PARTS = ("q", "scale", "zero", "bits")
 CODING = "range"  # what the record of a weight says whose codes are an adaptive range coder's
-DENSE_VERSION, CODED_VERSION = (
-    2,
-    3,
-)  # of the format: what a file is written in without such a weight, and with one
+# Versions of the format that files are written in: without such a weight, and with one.
+DENSE_VERSION, CODED_VERSION = 2, 3
 _GROUPS = 1 << 20  # of a weight whose channels are its first axis: they mean nothing there
-_EMPTY = 1 << 20  # most that an axis of a tensor without elements may have: nothing pays for it
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the file, and where its bytes stand behind the header."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -117,65 +93,6 @@ def oldest_version(about: Mapping[str, Any]) -> int:
     """
     named = about.get("tensors", {}).values()
     return CODED_VERSION if any("coding" in said for said in named) else DENSE_VERSION
-
-
-def read_entries(header: Mapping[str, Any], size: int) -> dict[str, Entry]:
-    """Return the tensors of a safetensors header, which fill `size` bytes without gap or overlap.
-
-    Args:
-        header: The header, without its metadata.
-        size: Bytes behind the header.
-
-    Raises:
-        FieldError: Naming the field that cannot be.
-    """
-    found = {}
-    for name, value in header.items():
-        about = entries(value, name)
-        text(name, "a tensor's name")
-        place = items(about.get("data_offsets"), f"{name}.data_offsets", 2)
-        start, stop = (whole(offset, f"{name}.data_offsets") for offset in place)
-        kind, sides = about.get("dtype"), about.get("shape")
-        found[name] = _entry(name, kind, sides, start)
-        if stop != found[name].stop:
-            raise fault(f"{name}.data_offsets", "as long as its shape and dtype say", place)
-    ordered = sorted(found.items(), key=lambda item: (item[1].start, item[1].stop))
-    end = 0
-    for name, entry in ordered:
-        if entry.start != end:
-            raise fault(f"{name}.data_offsets", f"a run from byte {end}", [entry.start, entry.stop])
-        end = entry.stop
-    if end != size:
-        raise FieldError(f"the tensors must fill {size} bytes; they take {end}.")
-    return dict(ordered)
-
-
-def listed_entries(listed: Any, size: int) -> dict[str, Entry]:
-    """Return the tensors of a list of [name, dtype, shape] that follow one another and fill `size` bytes."""
-    found: dict[str, Entry] = {}
-    end = 0
-    for value in items(listed, "entries"):
-        given, kind, sides = items(value, "entries", 3)
-        name = text(given, "a tensor's name")
-        if name in found:
-            raise FieldError(f"entries must name each tensor once; {name} stands there twice.")
-        found[name] = _entry(name, kind, sides, end)
-        end = found[name].stop
-    if end != size:
-        raise FieldError(f"the tensors must fill {size} bytes; they take {end}.")
-    return found
-
-
-def _entry(name: str, kind: Any, sides: Any, start: int) -> Entry:
-    dtype = one_of(kind, f"{name}.dtype", _DTYPES)
-    form = _paid(shape(sides, f"{name}.shape"), f"{name}.shape")
-    return Entry(dtype, form, start, start + math.prod(form) * dtype.itemsize)
-
-
-def _paid(form: tuple[int, ...], at: str) -> tuple[int, ...]:
-    if 0 in form and max(form) > _EMPTY:
-        raise fault(at, f"of axes up to {_EMPTY} where there are no elements", form)
-    return form
 
 
 def read_manifest(about: Mapping[str, Any], held: Mapping[str, Entry]) -> Manifest:
@@ -272,7 +189,7 @@ def _read_coding(about: Mapping[str, Any], at: str, version: int) -> bool:
 
 
 def _read_layout(about: Mapping[str, Any], at: str) -> Layout:
-    form = _paid(shape(about.get("shape"), f"{at}.shape"), f"{at}.shape")
+    form = paid(shape(about.get("shape"), f"{at}.shape"), f"{at}.shape")
     axis = whole(about.get("axis", 0), f"{at}.axis", -2, 1)
     least = 3 if axis < 0 else axis + 1  # of a stack, one axis more than its matrices have
     if len(form) < least:

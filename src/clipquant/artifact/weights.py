@@ -20,6 +20,7 @@ from clipquant.quant.codes.pack import PackedTensor, pack_tensor, packed_bytes, 
 from clipquant.quant.codes.spec import MAX_BITS
 from clipquant.quant.codes.tensor import QuantizedTensor
 
+_STREAMED = 4  # a code out of a stream takes as long as four that are dense
 _CHUNK = 1 << 20  # codes looked at together; of any width they end on a byte
 
 
@@ -64,29 +65,25 @@ class Parts:
     def check_constants(self, known: Mapping[str, tuple[int, ...]], most: int | None) -> None:
         """Raise where codes for which a file pays nothing, or next to nothing, would take too much memory."""
         manifest = self.opened.manifest
-        room = self._room if most is None else most
-        unpaid = {
-            name: self._unpaid(name)
-            for name, weight in manifest.weights.items()
-            if weight.layout.shape != known.get(name)
-        }
-        need = sum(unpaid.values())
-        if need > room:
-            coded = any(unpaid[name] and manifest.weights[name].coded for name in unpaid)
-            what = "codes of far less than a bit" if coded else "rows of 0 bits"
-            raise ArtifactError(
-                f"{self.path} has {what} that would take {need:,} bytes of memory; without a model "
-                f"they may take {room:,}. Pass the model that it is to be loaded into, or set "
-                "max_constant_bytes if you trust the file."
-            )
+        unknown = [n for n, w in manifest.weights.items() if w.layout.shape != known.get(n)]
+        for coded, what in ((False, "rows of 0 bits"), (True, "codes of far less than a bit")):
+            need = sum(self._unpaid(n) for n in unknown if manifest.weights[n].coded is coded)
+            room = self._room(coded) if most is None else most
+            if need > room:
+                raise ArtifactError(
+                    f"{self.path} has {what} that would take {need:,} bytes of memory; without a model "
+                    f"they may take {room:,}. Pass the model that it is to be loaded into, or set "
+                    "max_constant_bytes if you trust the file."
+                )
 
     def affords(self, name: str) -> bool:
         """Return whether the file has paid for the memory that a weight takes without a model of its shape."""
-        return self._unpaid(name) <= self._room
+        return self._unpaid(name) <= self._room(self.opened.manifest.weights[name].coded)
 
-    @property
-    def _room(self) -> int:
-        return ROOM + 2 * len(self.opened.data)
+    def _room(self, coded: bool) -> int:
+        """Return the bytes that what is not paid for may take: less for streams, which take time as well."""
+        room = ROOM + 2 * len(self.opened.data)
+        return room // _STREAMED if coded else room
 
     def _unpaid(self, name: str) -> int:
         """Return the bytes of memory of a weight beyond what as many bytes of dense codes of 1 bit would take."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +12,7 @@ import torch
 
 from clipquant.callbacks.lightning import package_of
 from clipquant.errors import ArgumentError
+from clipquant.quant.network.bare import bare_key
 
 
 def logged_name(monitor: str, metrics: Mapping[str, float]) -> str:
@@ -64,10 +67,21 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule, monitor: str) -> 
             "weights='best' found no best checkpoint: ModelCheckpoint has saved none. "
             "Give it a monitor that is logged, or use weights='last'."
         )
-    # The fit has just written it, hyper-parameters of any class included.
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    checkpoint = _read(Path(path), trainer)
     module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    state = {bare_key(key): value for key, value in checkpoint["state_dict"].items()}
+    module.load_state_dict(state, strict=module.strict_loading)
+    return checkpoint
+
+
+def _read(path: Path, trainer: pl.Trainer) -> dict[str, Any]:
+    """Return a checkpoint that the fit has just written, hyper-parameters of any class included."""
+    if path.is_dir():  # each process has written its part
+        name = package_of(trainer).__name__.replace(".pytorch", ".fabric")
+        name = name.replace("pytorch_lightning", "lightning_fabric")
+        held = import_module(f"{name}.utilities.load")._load_distributed_checkpoint(path)
+        return {**held, "state_dict": held.get("state_dict", held.get("model"))}
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     return checkpoint
 
 

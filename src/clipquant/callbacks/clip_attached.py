@@ -8,8 +8,9 @@ from torch.utils.hooks import RemovableHandle
 
 from clipquant.callbacks.clip_evaluations import Evaluations
 from clipquant.callbacks.clip_targets import Targets
-from clipquant.clip.fold import fold_, unfold_after_step
+from clipquant.clip.fold import fold_, skip_where_, unfold_after_step
 from clipquant.clip.record import ClipRecord
+from clipquant.clip.unread import UnreadRecord
 
 
 class Attached:
@@ -38,12 +39,26 @@ class Attached:
 
     def end(self, record: ClipRecord, device: torch.device) -> None:
         """Hand the coefficient that is left over to the optimizer's step, and have a skip undone after it."""
-        if record.deferred is not None and record.deferred < 1.0:
+        if isinstance(record, UnreadRecord):
+            self._end_unread(record, device)
+        elif record.deferred is not None and record.deferred < 1.0:
             fold_(self.optimizer, record.deferred, device)
-            if self._handle is None:
-                self._handle = unfold_after_step(self.optimizer)
+            self._unfold_later()
         if self.evaluations is not None:
             self.evaluations.skipping = record.skipped
+
+    def _end_unread(self, record: UnreadRecord, device: torch.device) -> None:
+        """Have the step multiply and skip by what stands on the device, none of which is known here."""
+        if record.coefficient is not None:
+            fold_(self.optimizer, record.coefficient, device)
+        if record.skips:
+            skip_where_(self.optimizer, record.flags[1])
+        if record.coefficient is not None or record.skips:
+            self._unfold_later()
+
+    def _unfold_later(self) -> None:
+        if self._handle is None:
+            self._handle = unfold_after_step(self.optimizer)
 
     def remove(self) -> None:
         """Take all hooks off the optimizer."""

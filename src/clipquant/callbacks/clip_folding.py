@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.optim import Optimizer
 
 from clipquant.callbacks.lightning import is_overridden
 from clipquant.clip.assign import Assignment
-from clipquant.clip.fold import can_fold
+from clipquant.clip.fold import can_fold, can_skip
 
 _LATER_HOOKS = ("on_before_optimizer_step", "configure_gradient_clipping")
 
@@ -18,6 +19,19 @@ def may_fold(optimizer: Optimizer, assignment: Assignment) -> bool:
     """Return whether one coefficient for all gradients is what clips, and the step applies one."""
     part = assignment.whole
     return part is not None and bool(getattr(part.rule, "folds", False)) and can_fold(optimizer)
+
+
+def policy_on(
+    device: torch.device,
+    callback: Any,
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    optimizer: Optimizer,
+) -> Any:
+    """Return what non-finite gradients on a device lead to: "defer" where the step itself decides there to skip."""
+    if callback.on_nonfinite != "skip" or device.type == "cpu" or not can_skip(optimizer):
+        return callback.on_nonfinite
+    return "defer" if is_last_reader(callback, trainer, pl_module) else "skip"
 
 
 def is_last_reader(callback: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -70,6 +70,7 @@ def export_files(
     folder: Path,
     *,
     max_drop: float | None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> tuple[ExportRecord, ...]:
     """Write the exports; one that fails is a record that says why, never an error at fit end.
 
@@ -80,8 +81,9 @@ def export_files(
         formats: What to write.
         folder: Where the files go.
         max_drop: Most that int8 may lose of the monitored metric.
+        ranges: Name of a weight -> the ends of its layer's inputs, where they were trained.
     """
-    source = _Source(road, found, quantized, max_drop)
+    source = _Source(road, found, quantized, max_drop, ranges or {})
     records = []
     for number, chosen in enumerate(formats):
         if road.tell is not None:
@@ -109,6 +111,7 @@ class _Source:
     found: Found | None
     quantized: QuantizedModel
     max_drop: float | None
+    ranges: Mapping[str, tuple[float, float]]
 
     def subject(self, chosen: Format) -> tuple[Subject, str]:
         """Return what a format is given, and why it has no judge where it could use one."""
@@ -136,7 +139,13 @@ class _Source:
                 ),
             )
         return (
-            replace(traced, calibration=calls, judge=judge_forward, max_drop=self.max_drop),
+            replace(
+                traced,
+                calibration=calls,
+                judge=judge_forward,
+                max_drop=self.max_drop,
+                ranges=self.ranges,
+            ),
             unjudged,
         )
 

@@ -329,6 +329,7 @@ class FitEnd:
                     self.settings.export if self.trainer.is_global_zero else (),
                     path.parent,
                     max_drop=self.settings.max_drop,
+                    ranges=self.settings.ranges,
                 )
                 exports = tuple(record.to_dict() for record in records)
         report = replace(made.report, exports=exports, failures=self.failures.told())

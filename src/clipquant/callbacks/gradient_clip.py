@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -30,7 +31,7 @@ from clipquant.callbacks.clip_checks import (
     warn_of_unseen_steps,
 )
 from clipquant.callbacks.clip_figures import Log, figures, group_names, logs_now, own_name
-from clipquant.callbacks.clip_folding import is_last_reader, may_fold
+from clipquant.callbacks.clip_folding import is_last_reader, may_fold, policy_on
 from clipquant.callbacks.clip_keywords import naming_remedies
 from clipquant.callbacks.clip_resume import (
     Resume,
@@ -55,6 +56,7 @@ from clipquant.clip.fold import supports_scaling, unfold_
 from clipquant.clip.progress import Progress
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import Rule
+from clipquant.clip.unread import UnreadRecord
 
 
 class GradientClipCallback(Callback):
@@ -92,7 +94,7 @@ class GradientClipCallback(Callback):
     @naming_remedies
     def __init__(
         self,
-        rule: float | Rule = 1.0,
+        rule: int | float | Rule = 1.0,  # noqa: PYI041 - a YAML file's -1 is shown as it was written
         *,
         on_nonfinite: OnNonfinite = "skip",
         max_consecutive_skips: int | None = 10,
@@ -177,10 +179,12 @@ class GradientClipCallback(Callback):
         if device is None:  # e.g. training_step returned None: there is no step to count
             return
         attached.begin()
-        record = self._clip(trainer, pl_module, index, attached, assignment)
+        record = self._clip(trainer, pl_module, index, attached, assignment, device)
         attached.end(record, device)
         self.record = record
-        self._progress[index] = self._progress[index].after(record, trainer.global_step)
+        progress = self._progress[index].after(record, trainer.global_step)
+        logs = self.log_mode is not False and logs_now(trainer)
+        self._progress[index] = progress.settled() if logs else progress
         streak = self._progress[index].streak
         check_streak(streak, self.max_consecutive_skips, self.on_nonfinite, scaler_of(trainer))
         self._log(trainer, pl_module, index, record)
@@ -234,6 +238,7 @@ class GradientClipCallback(Callback):
         index: int,
         attached: Attached,
         assignment: Assignment,
+        device: torch.device,
     ) -> ClipRecord:
         scaler, optimizer = scaler_of(trainer), attached.optimizer
         fold = may_fold(optimizer, assignment) and is_last_reader(self, trainer, pl_module)
@@ -250,20 +255,22 @@ class GradientClipCallback(Callback):
         later = not (supports_scaling(optimizer) or logs_now(trainer))
         divides = factor != 1.0 and not folds_scaled
         undoes = self.on_nonfinite == "skip" and attached.evaluations is not None
+        policy = policy_on(device, self, trainer, pl_module, optimizer)
         with divided(assignment.params, factor) if divides else nullcontext():
             record = clip_assigned_(
                 within(assignment, trainer.global_step, self.start_step, self.stop_step),
                 progress.state,
-                on_nonfinite="leave" if scaler is not None or undoes else self.on_nonfinite,
+                on_nonfinite="leave" if scaler is not None or undoes else policy,
                 skip_above=self.skip_above,
                 measure=self.log_mode is not False,
                 defer=fold and not divides,
                 loss_scale=1.0 if divides else factor,
                 later=later and not divides,
             )
+        if isinstance(record, UnreadRecord) or not (scaler is not None or undoes):
+            return record
         # What is not finite makes a scaler leave out the step, or has the step undone.
-        left = (scaler is not None or undoes) and bool(record.nonfinite)
-        return replace(record, skipped=True) if left else record
+        return replace(record, skipped=True) if record.nonfinite else record
 
     def _attach(self, index: int, optimizer: Optimizer) -> Attached:
         attached = self._attached.get(index)

@@ -20,25 +20,26 @@ from clipquant.callbacks.qat_checks import (
     check_beside,
     check_resumed,
     check_zero_codes,
+    forget_compiled,
     is_compiled,
     pruned_names,
     settings_of,
 )
+from clipquant.callbacks.quantize_checks import check_choice
 from clipquant.callbacks.rehearsal import is_built
 from clipquant.callbacks.road.guest import copy_module
+from clipquant.callbacks.road.ranks import gathered
 from clipquant.callbacks.telling import warn
 from clipquant.errors import ArgumentError
 from clipquant.keywords import OF_QUANTIZING, naming_keywords
-from clipquant.quant.codes.paths import parameter_at
 from clipquant.quant.codes.spec import MAX_BITS
-from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.codes.trained import TrainedGrid
 from clipquant.quant.codes.zeros import is_pruned, with_zero
 from clipquant.quant.network.layers import Target
 from clipquant.quant.recipe import Recipe
-from clipquant.quant.training.grid_steps import GridSteps
-from clipquant.quant.training.learned_grid import LearnedGrid, first_grid
-from clipquant.quant.training.swap import put_on, take_off
+from clipquant.quant.training.learned_grid import first_grid
+from clipquant.quant.training.running import Running
+from clipquant.quant.training.swap import take_off
 from clipquant.quant.training.tutor import Tutor
 
 CALIBRATION_BATCHES = 16  # the last ones before the start, by which bits="auto" chooses
@@ -76,6 +77,9 @@ class QuantizationAwareTraining(Callback):
         levels: Number of steps of the grid, instead of the most that `bits` allow; bits=2, levels=2 is ternary.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width; pruned weights,
             those of a `SparsifyWeights` among them, get one.
+        activations: 8: the inputs of linear and convolution layers are fake-quantized too, from 16 batches after
+            the start on, on ranges that are learned; an export "onnx-int8" computes with these. None: they
+            stay in float, as they do in the module after the fit.
 
     Attributes:
         trained: After the fit, state-dict key -> its `TrainedGrid`; empty if the fit ended before `start`.
@@ -107,6 +111,7 @@ class QuantizationAwareTraining(Callback):
         granularity: Literal["tensor", "channel"] | int | None = None,
         levels: int | None = None,
         symmetric: bool | None = None,
+        activations: Literal[8] | None = None,
     ) -> None:
         self.auto = bits == "auto"
         width = MAX_BITS if bits == "auto" else bits
@@ -116,12 +121,12 @@ class QuantizationAwareTraining(Callback):
         self.start = as_share("start", start)
         self.learn_scale = bool(learn_scale)
         self.distill = as_weight(distill)
+        check_choice("activations", activations, (8, None))
+        self.activations = activations
         self.trained: Mapping[str, TrainedGrid] = {}
         self.float_metrics: Mapping[str, float] = {}
         self._batches: deque[Any] = deque(maxlen=CALIBRATION_BATCHES)
-        self._grids: dict[str, LearnedGrid] = {}
-        self._steps: GridSteps | None = None
-        self._tutor: Tutor | None = None
+        self._running: Running | None = None
         self._loaded: dict[str, Any] = {}
         self._peaks: dict[str, float] = {}  # index of an optimizer -> its largest rate so far
 
@@ -146,7 +151,7 @@ class QuantizationAwareTraining(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to quantize where the fit has come far enough."""
-        if not self._grids and is_built(pl_module):
+        if self._running is None and is_built(pl_module):
             done = share_done(trainer)
             if done is None:
                 check_course(trainer, "start", self.start)
@@ -154,8 +159,10 @@ class QuantizationAwareTraining(Callback):
                 self._batches.append(batch)
             if self.start == 0 or (done is not None and done >= self.start):
                 self._begin_(trainer, pl_module)
-        if self._tutor is not None:
-            self._tutor.weigh(self._factor(trainer))
+        elif self._running is not None:
+            self._running.begin_inputs_(_mean_of_all)
+        if self._running is not None and self._running.tutor is not None:
+            self._running.tutor.weigh(self._factor(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -164,15 +171,12 @@ class QuantizationAwareTraining(Callback):
         rate = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
         number = str(next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), 0))
         peak = self._peaks[number] = max(rate, self._peaks.get(number, 0.0))
-        if self._steps is None:
-            return
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        names = [name for name in self._grids if id(parameter_at(pl_module, name)) in own]
-        scaler = scaler_of(trainer)
-        factor = 1.0 if scaler is None else float(scaler.get_scale())
-        several = trainer.world_size > 1
-        mean = (lambda t: _mean(trainer, t)) if several else None
-        self._steps.step_(names, rate / peak if peak else 0.0, factor, mean)
+        if self._running is not None:
+            scaler, several = scaler_of(trainer), trainer.world_size > 1
+            factor = 1.0 if scaler is None else float(scaler.get_scale())
+            mean = (lambda t: _mean(trainer, t)) if several else None
+            share = rate / peak if peak else 0.0
+            self._running.step_(pl_module, optimizer, share, factor, mean)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluate_(trainer, pl_module)
@@ -197,13 +201,8 @@ class QuantizationAwareTraining(Callback):
 
         Asked a second time it changes nothing.
         """
-        if self._grids:
-            take_off(pl_module)
-            self.trained = {
-                name: grid.now().to(parameter_at(pl_module, name).device)
-                for name, grid in self._grids.items()
-            }
-            hold_trained_(pl_module, self.trained)
+        if self._running is not None:
+            self.trained = self._running.finish_(pl_module)
             self._forget_()
         return self.trained
 
@@ -224,16 +223,10 @@ class QuantizationAwareTraining(Callback):
             "peaks": dict(self._peaks),
             "float_metrics": dict(self.float_metrics),
         }
-        grids = {name: grid.state_dict() for name, grid in self._grids.items()}
-        if not grids and self.trained:
-            return state | {
-                "grids": {name: grid.state_dict() for name, grid in self.trained.items()}
-            }
-        if self._steps is not None:
-            state |= {"grids": grids, "steps": self._steps.state_dict()}
-        if self._tutor is not None:
-            state |= {"float": self._tutor.state_dict()}
-        return state
+        if self._running is not None:
+            return state | self._running.state_dict()
+        grids = {name: grid.state_dict() for name, grid in self.trained.items()}
+        return state | {"grids": grids} if grids else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
@@ -247,12 +240,17 @@ class QuantizationAwareTraining(Callback):
         """Find the grids of the weights as they are now, and quantize from here on."""
         targets = self._targets(pl_module)
         check_zero_codes(self, trainer, pl_module, targets)
-        if self.distill:
-            self._tutor = self._tutor_of(pl_module)
-        for name, first in self._first_grids(trainer, pl_module, targets).items():
-            self._grids[name] = LearnedGrid.of(first, self.learn_scale)
+        tutor = self._tutor_of(pl_module)
+        if self.activations is not None and is_compiled(pl_module):
+            raise ArgumentError(
+                f"activations={self.activations} needs inputs that a compiled module does not show. Leave it out, or "
+                "train uncompiled."
+            )
+        first = self._first_grids(trainer, pl_module, targets)
         self._batches.clear()
-        self._put_on_(pl_module)
+        activations = self.activations is not None
+        self._running = Running.begin(pl_module, first, self.learn_scale, activations, tutor)
+        forget_compiled(pl_module)
 
     def _first_grids(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, targets: list[Target]
@@ -271,25 +269,14 @@ class QuantizationAwareTraining(Callback):
     def _go_on_(self, pl_module: pl.LightningModule, targets: list[Target]) -> None:
         """Go on with the grids of a checkpoint."""
         check_resumed(self, self._loaded, [target.name for target in targets])
-        for target in targets:
-            state, device = self._loaded["grids"][target.name], target.weight.device
-            self._grids[target.name] = LearnedGrid.from_state_dict(state, self.learn_scale, device)
-        if self.distill:
-            self._tutor = self._tutor_of(pl_module)
-            self._tutor.load_state_dict(self._loaded.get("float", {}))
-        self._put_on_(pl_module)
-        if self._steps is not None:
-            self._steps.load_state_dict(self._loaded.get("steps", {}))
+        tutor = self._tutor_of(pl_module)
+        self._running = Running.from_state_dict(self._loaded, pl_module, self.learn_scale, tutor)
+        forget_compiled(pl_module)
 
-    def _put_on_(self, pl_module: pl.LightningModule) -> None:
-        put_on(pl_module, self._grids)
-        self._steps = GridSteps(self._grids)
-        if self._tutor is not None:
-            self._tutor.attach_(pl_module)
-        if is_compiled(pl_module):
-            torch.compiler.reset()  # what was compiled reads the weights themselves
-
-    def _tutor_of(self, pl_module: pl.LightningModule) -> Tutor:
+    def _tutor_of(self, pl_module: pl.LightningModule) -> Tutor | None:
+        """Return the float network as it is now, where it shall teach."""
+        if not self.distill:
+            return None
         if is_compiled(pl_module):
             raise ArgumentError(
                 f"distill needs outputs that a compiled module does not show; got distill={self.distill:g} beside "
@@ -300,11 +287,8 @@ class QuantizationAwareTraining(Callback):
     def _evaluate_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run a checkpoint's weights as they were trained, where one is evaluated by itself."""
         fitting = trainer.state.fn == "fit"
-        if not fitting and self._loaded.get("grids") and not self._grids:
-            for name, state in self._loaded["grids"].items():
-                device = parameter_at(pl_module, name).device
-                self._grids[name] = LearnedGrid.from_state_dict(state, False, device)
-            put_on(pl_module, self._grids)
+        if not fitting and self._loaded.get("grids") and self._running is None:
+            self._running = Running.from_state_dict(self._loaded, pl_module, learn=False)
 
     def _factor(self, trainer: pl.Trainer) -> float:
         """Return what a batch's loss is multiplied by before its backward pass."""
@@ -313,25 +297,15 @@ class QuantizationAwareTraining(Callback):
         return scale / max(trainer.accumulate_grad_batches, 1)
 
     def _forget_(self) -> None:
-        if self._tutor is not None:
-            self._tutor.detach_()
-        self._grids, self._steps, self._tutor = {}, None, None
-        self._loaded, self._peaks = {}, {}
-
-
-def hold_trained_(module: torch.nn.Module, trained: Mapping[str, TrainedGrid]) -> None:
-    """Give weights the values that their trained grids make of them, in place.
-
-    Args:
-        module: Any module that holds them.
-        trained: State-dict key -> grid.
-    """
-    with torch.no_grad():
-        for name, grid in trained.items():
-            parameter = parameter_at(module, name)
-            parameter.copy_(dequantize(grid.to(parameter.device).tensor(parameter)))
+        if self._running is not None:
+            self._running.detach_()
+        self._running, self._loaded, self._peaks = None, {}, {}
 
 
 def _mean(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     reduced: Tensor = trainer.strategy.reduce(tensor, reduce_op="mean")
     return reduced
+
+
+def _mean_of_all(tensor: Tensor) -> Tensor:
+    return torch.stack(gathered(tensor.cpu())).mean(0)

@@ -89,7 +89,8 @@ def _chosen(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequence[A
         if settings.max_drop is not None:
             before = judge_parts(road, settings.watch(trainer, {}).name, None, apart=True)
         goal = settings.goal(trainer, road.natures)
-        goal = replace(goal, monitor=logged_name(goal.monitor, before.metrics))
+        # Dense codes keep their bytes whatever training makes of them; those of an entropy code would not.
+        goal = replace(goal, monitor=logged_name(goal.monitor, before.metrics), coding="dense")
         made = choose_bits(road, goal, found, before)
     grids = {n: TrainedGrid(t.grid, t.bits, t.layout) for n, t in made.weights.tensors.items()}
     return Chosen(grids, before.metrics)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from clipquant.callbacks.lightning import package_of
@@ -123,6 +124,7 @@ def settings_of(callback: Any) -> dict[str, Any]:
         "symmetric": recipe.symmetric,
         "granularity": recipe.granularity,
         "overrides": dict(recipe.overrides or {}),
+        "activations": callback.activations,
     }
 
 
@@ -155,3 +157,9 @@ def is_compiled(module: nn.Module) -> bool:
     return bool(getattr(module, "_compiler_ctx", None)) or any(
         type(part).__name__ == "OptimizedModule" for part in module.modules()
     )
+
+
+def forget_compiled(module: nn.Module) -> None:
+    """Let what `torch.compile` has made of a module be made anew: it reads the weights themselves."""
+    if is_compiled(module):
+        torch.compiler.reset()

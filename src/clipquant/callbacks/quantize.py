@@ -60,6 +60,13 @@ class QuantizeOnFitEnd(Callback):
     After the fit the module keeps its class, keys and dtypes and holds the dequantized weights, so
     that it gives exactly what the file gives.
 
+    Strategies that keep weights in parts (`ModelParallelStrategy`, `FSDPStrategy`, `DeepSpeedStrategy`) are
+    gathered a layer at a time when training ends; each process then holds its own parts of the dequantized
+    weights. "rtn", "mse" and "hqq" are shared: each process codes its layers, and codes travel. What runs the network
+    (judging by validation data, methods with data, bits="auto", exports, weights="best") has it whole in the first
+    process; where it has no room there, this is said before training, and the layers are quantized one by one
+    without data (bits="auto" is an error). A compiled module and compiled parts keep their author's keys in the file.
+
     Args:
         bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
         levels: Number of steps of the grid, instead of `2**bits - 1`.

@@ -59,6 +59,12 @@ class Settings:
         return self.recipe.without_data()
 
     @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Name of a weight -> the ends of its layer's inputs, where they were trained."""
+        trained = self.recipe.trained.items()
+        return {name: grid.inputs for name, grid in trained if grid.inputs is not None}
+
+    @property
     def seed(self) -> int | None:
         """The run's seed, where one was set."""
         seed = os.environ.get("PL_GLOBAL_SEED")

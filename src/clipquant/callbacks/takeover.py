@@ -9,9 +9,11 @@ import lightning.pytorch as pl
 import torch
 
 from clipquant.callbacks.failures import Failure
-from clipquant.callbacks.qat import QuantizationAwareTraining, hold_trained_
+from clipquant.callbacks.qat import QuantizationAwareTraining
 from clipquant.quant.codes.trained import TrainedGrid
+from clipquant.quant.network.bare import bare_key
 from clipquant.quant.training.learned_grid import LearnedGrid
+from clipquant.quant.training.running import hold_trained_
 
 SAID = "no batch: codes and grids are those of the training"
 
@@ -35,7 +37,8 @@ def finish_training(
             finish(module)  # masks first: what is pruned is zero before it is put on a grid
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, QuantizationAwareTraining):
-            trained.update(callback.finish(module))
+            grids = callback.finish(module)
+            trained.update({bare_key(name): grid for name, grid in grids.items()})
             before.update(callback.float_metrics)
     return trained, before
 

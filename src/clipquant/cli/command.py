@@ -25,11 +25,13 @@ class Command:
         help: one line for ``clipquant --help``.
         add_arguments: declares the arguments on the command's parser, once the command is asked for.
         run: does the work and returns the exit code.
+        example: one line that can be typed as it stands, but for its names.
     """
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    example: str = ""
 
 
 def add_file(parser: argparse.ArgumentParser) -> None:

@@ -149,33 +149,37 @@ def _name_versions(artifact: Artifact) -> str:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="a quantized file")
+    parser.add_argument("file", metavar="FILE", help="a quantized .safetensors file")
     parser.add_argument("--html", metavar="OUT", help="write the report as one HTML page instead")
     parser.add_argument("--open", action="store_true", help="open that page in the browser")
 
 
 def _add_two_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("one", help="a quantized file")
-    parser.add_argument("other", help="another")
+    parser.add_argument("one", metavar="A", help="a quantized .safetensors file")
+    parser.add_argument("other", metavar="B", help="another")
 
 
 INSPECT = Command(
     "show what a quantized file holds: name, shape, bits and bytes of every tensor",
     add_file,
     lambda args: inspect_file(args.file),
+    "model.safetensors",
 )
 VERIFY = Command(
     "say whether a quantized file is whole, or what is damaged; exit code 1 if so",
     add_file,
     lambda args: verify_file(args.file),
+    "model.safetensors",
 )
 REPORT = Command(
     "print the report of a quantized file, or write or open it as HTML, from the file alone",
     _add_report,
     lambda args: report_file(args.file, args.html, args.open),
+    "model.safetensors --html report.html",
 )
 COMPARE = Command(
     "lay two quantized files side by side: size, metrics, bits and SQNR of every weight",
     _add_two_files,
     lambda args: compare_files(args.one, args.other),
+    "runs/a/model.safetensors runs/b/model.safetensors",
 )

@@ -164,17 +164,25 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
     from clipquant.export.formats import FORMATS
 
-    parser.add_argument("--model", help="its class, as package.module:Class")
     parser.add_argument(
-        "--model-args", default="{}", help="the class's arguments, as a JSON object"
+        "--model", metavar="MODULE:CLASS", help="its class; traced formats run its forward"
     )
+    parser.add_argument(
+        "--model-args", metavar="JSON", default="{}",
+        help='the arguments of that class, as a JSON object: \'{"width": 64}\'',
+    )  # fmt: skip
     names = ", ".join(FORMATS)
     parser.add_argument(
         "--format", required=True, type=_format, metavar="FORMAT",
         help=f"{names}, or one of your own as package.module:Class",
     )  # fmt: skip
-    parser.add_argument("--inputs", help=".npy or .npz of inputs; default: example_input_array")
-    parser.add_argument("--output", help="the file to write; default: beside the artifact")
+    parser.add_argument(
+        "--inputs", metavar="FILE",
+        help=".npy or .npz of real inputs, the batch first; default: the module's example_input_array",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", metavar="OUT", help="the file to write; default: beside the artifact"
+    )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -184,13 +192,23 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="files of a format that runs here, as .onnx and .pt2",
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="batch sizes")
-    parser.add_argument("--threads", type=int, default=1, help="threads of one operator")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 32], metavar="N", help="batch sizes"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="threads of one operator"
+    )
 
 
 EXPORT = Command(
-    "write a quantized file as ONNX or as a torch.export program", _add_export, export_artifact
+    "write a quantized file as ONNX or as a torch.export program",
+    _add_export,
+    export_artifact,
+    "model.safetensors --format onnx --model net:Net --inputs images.npy",
 )
 BENCH = Command(
-    "time exported files side by side on this machine: latency, memory and size", _add_bench, bench
+    "time exported files side by side on this machine: latency, memory and size",
+    _add_bench,
+    bench,
+    "model.onnx model.int8.onnx --batch 1 64",
 )

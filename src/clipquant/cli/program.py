@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     for name, command in COMMANDS.items():
-        own = commands.add_parser(name, help=command.help, description=command.help)
+        said = f"{command.help[:1].upper()}{command.help[1:]}."
+        example = f"For example: clipquant {name} {command.example}"
+        own = commands.add_parser(name, help=command.help, description=said, epilog=example)
         own.declare = command.add_arguments
     return parser
 

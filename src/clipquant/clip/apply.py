@@ -22,6 +22,7 @@ from clipquant.clip.job import Job, gather_
 from clipquant.clip.measured import Measured
 from clipquant.clip.plan import Plan, plan_of
 from clipquant.clip.record import ClipRecord
+from clipquant.clip.remote import clip_remote_, is_remote, unread_norms
 from clipquant.clip.rule import Rule, State
 from clipquant.clip.scale import Scale
 from clipquant.clip.small import clamp_small_
@@ -72,7 +73,7 @@ def clip_assigned_(
     assignment: Assignment,
     state: State | None = None,
     *,
-    on_nonfinite: OnNonfinite | Literal["leave"] = "skip",
+    on_nonfinite: OnNonfinite | Literal["leave", "defer"] = "skip",
     skip_above: float | None = None,
     measure: bool = True,
     defer: bool = False,
@@ -84,7 +85,8 @@ def clip_assigned_(
     Args:
         assignment: Parameters and their rules.
         state: State of all rules.
-        on_nonfinite: Policy for NaN and infinite gradients; "leave" changes nothing and leaves them to a GradScaler.
+        on_nonfinite: Policy for NaN and infinite gradients; "leave" changes nothing and leaves them to a GradScaler,
+            "defer" leaves the decision to skip to an optimizer that makes it on an accelerator; elsewhere it is "skip".
         skip_above: Norm beyond which every gradient is set to None; None for no limit.
         measure: Whether to measure norms that no rule needs.
         defer: Leave a plan that is one coefficient for all gradients to the caller, in `ClipRecord.deferred`.
@@ -98,7 +100,7 @@ def clip_assigned_(
     Raises:
         FloatingPointError: A gradient is not finite, under "raise".
     """
-    streams = skip_above is None and on_nonfinite in ("skip", "leave", "propagate")
+    streams = skip_above is None and on_nonfinite not in ("raise", "zero")
     if streams and assignment.limit is not None and loss_scale == 1.0 and not state:
         record = clamp_small_(assignment, on_nonfinite != "propagate", measure)
         if record is not None:
@@ -110,7 +112,7 @@ def clip_assigned_(
 
 def _clip_(
     job: Job,
-    on_nonfinite: OnNonfinite | Literal["leave"],
+    on_nonfinite: OnNonfinite | Literal["leave", "defer"],
     skip_above: float | None,
     measure: bool,
     defer: bool,
@@ -118,12 +120,23 @@ def _clip_(
     assignment = job.assignment
     if not job.grads.tensors:
         return ClipRecord(state=dict(job.state))
+    if is_remote(job):
+        return _clip_remotely_(job, on_nonfinite, skip_above, measure, defer)
+    on_nonfinite = "skip" if on_nonfinite == "defer" else on_nonfinite
     only = assignment.whole if len(assignment.parts) == 1 else None
     streams = skip_above is None and on_nonfinite in ("skip", "leave", "propagate")
     if streams and only is not None and getattr(only.rule, "local", False):
         record = _clip_local_(job, only, on_nonfinite != "propagate", measure)
         skip = on_nonfinite == "skip" and bool(record.nonfinite)
         return _without_gradients_(record, assignment.params) if skip else record
+    nonfinite, job, ending = _look_(job, on_nonfinite, skip_above)
+    return _clip_parts_(job, nonfinite, measure, defer) if ending is None else ending
+
+
+def _look_(
+    job: Job, on_nonfinite: OnNonfinite | Literal["leave"], skip_above: float | None
+) -> tuple[tuple[str, ...], Job, ClipRecord | None]:
+    """Look at the norms first; return names of what is not finite, what to clip, or the record where that is all."""
     nonfinite: tuple[str, ...] = ()
     if on_nonfinite != "propagate":
         damaged = nonfinite_members(job.grads, job.order)
@@ -131,14 +144,44 @@ def _clip_(
         if damaged and on_nonfinite == "raise":
             raise NonfiniteError(told(nonfinite))
         if damaged and on_nonfinite == "leave":
-            return job.record(nonfinite=nonfinite, before=job.grads.measured(job.order))
+            before = job.grads.measured(job.order)
+            return nonfinite, job, job.record(nonfinite=nonfinite, before=before)
         if damaged and on_nonfinite == "zero":
             job = _zero_(job, damaged)
     over = skip_above is not None and job.grads.measured(job.order).total > skip_above
     if over or (on_nonfinite == "skip" and nonfinite):
         record = job.record(nonfinite=nonfinite, before=job.grads.measured(job.order))
-        return _without_gradients_(record, assignment.params)
-    return _clip_parts_(job, nonfinite, measure, defer)
+        return nonfinite, job, _without_gradients_(record, job.assignment.params)
+    return nonfinite, job, None
+
+
+def _clip_remotely_(
+    job: Job,
+    on_nonfinite: OnNonfinite | Literal["leave", "defer"],
+    skip_above: float | None,
+    measure: bool,
+    defer: bool,
+) -> ClipRecord:
+    """Clip on an accelerator, where one value at most is read: only where it decides what happens here."""
+    if skip_above is None and on_nonfinite in ("propagate", "defer"):
+        return clip_remote_(job, measure, defer, skips=on_nonfinite == "defer")[0]
+    if skip_above is None and on_nonfinite == "skip":
+        record, norms = clip_remote_(job, measure, defer, skips=True)
+        if norms is not None and bool(norms.isfinite().all()):
+            return record.without_skip()
+        known = record.read()[0]
+        if not known.skipped:
+            return known if record.coefficient is None else record.without_skip()
+        return _without_gradients_(replace(known, state=dict(job.state)), job.assignment.params)
+    norms = (unread_norms(job.grads.tensors, job.order) / job.grads.loss_scale).to("cpu")
+    looked = replace(job, grads=job.grads.with_norms(Measured(norms, job.order)))
+    policy: OnNonfinite | Literal["leave"] = "skip" if on_nonfinite == "defer" else on_nonfinite
+    nonfinite, left, ending = _look_(looked, policy, skip_above)
+    if ending is not None:
+        return ending
+    looks = None if nonfinite else norms
+    record, _ = clip_remote_(left, measure, defer, skips=False, looked=looks)
+    return record if not nonfinite else replace(record.read()[0], nonfinite=nonfinite)
 
 
 def remove_gradients_(params: Iterable[Tensor]) -> None:

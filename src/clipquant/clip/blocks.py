@@ -69,9 +69,9 @@ def gather_norms(pieces: Sequence[tuple[Block, Tensor]], count: int, order: floa
         Shape (count,).
     """
     owners = [owner for block, _ in pieces for owner in block.owners]
-    norms = torch.cat([norms for _, norms in pieces]) if pieces else torch.zeros(0)
+    norms = torch.cat([norms for _, norms in pieces]) if pieces else torch.zeros(0, device="cpu")
     if owners == list(range(count)):
         return norms
     if len(owners) == count and len(set(owners)) == count:  # one piece each, in another order
         return norms[sorted(range(count), key=owners.__getitem__)]
-    return norms_of_owners(norms, torch.tensor(owners, device=norms.device), count, order)
+    return norms_of_owners(norms, torch.tensor(owners, device="cpu").to(norms.device), count, order)

@@ -17,6 +17,7 @@ _DIVIDES_BY_GRAD_SCALE = (
     Adam,
     AdamW,
 )  # not their subclasses, whose step may be another
+OWN_FLAG = "_clipquant_found_inf"  # tells a flag set here from one of a GradScaler
 _STEPS: dict[type, Any] = {kind: kind.step for kind in _DIVIDES_BY_GRAD_SCALE}
 
 
@@ -66,31 +67,63 @@ def _steps_as_torch_does(optimizer: Optimizer) -> bool:
     return not optimizer._optimizer_step_pre_hooks and not _global_optimizer_pre_hooks
 
 
-def fold_(optimizer: Optimizer, coefficient: float, device: torch.device) -> None:
+def can_skip(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's own step leaves out everything where `found_inf` says so, on its device.
+
+    A fused SGD whose momentum does not exist yet would begin with a buffer that holds anything.
+    """
+    if not can_fold(optimizer):
+        return False
+    if not isinstance(optimizer, SGD):
+        return True
+    groups = optimizer.param_groups
+    return all(
+        optimizer.state.get(p, {}).get("momentum_buffer") is not None
+        for group in groups
+        for p in group["params"]
+        if group["momentum"] and p.grad is not None
+    )
+
+
+def skip_where_(optimizer: Optimizer, broken: Tensor) -> None:
+    """Let the next step of a fused optimizer change nothing where `broken`, a scalar tensor, is 1."""
+    found = broken.detach().float()
+    for name in ("found_inf", OWN_FLAG):  # torch documents the first but does not declare it
+        setattr(optimizer, name, found)
+
+
+def fold_(optimizer: Optimizer, coefficient: float | Tensor, device: torch.device) -> None:
     """Let the next step of a fused optimizer multiply its gradients by `coefficient`; it writes them back multiplied.
 
     Args:
         optimizer: One that `can_fold`.
-        coefficient: Factor in (0, 1].
+        coefficient: Factor in [0, 1]; a number must be greater than 0, of a tensor 0 counts as the smallest number.
         device: Device of the gradients.
     """
-    scale = torch.full((), 1.0 / coefficient, dtype=torch.float64).float().clamp_(min=1.0)
+    if isinstance(coefficient, Tensor):
+        scale = coefficient.detach().reciprocal().clamp(1.0, 1e30).float()
+    else:
+        scale = torch.full((), 1.0 / coefficient, dtype=torch.float64, device="cpu").float()
+        scale = scale.clamp_(min=1.0)
     setattr(optimizer, "grad_scale", scale.to(device))  # noqa: B010 - torch documents the attribute but does not declare it
 
 
 def unfold_(optimizer: Optimizer) -> None:
-    """Remove what `fold_` left, so that no later step is scaled by it."""
+    """Remove what `fold_` and `skip_where_` left, so that no later step follows it."""
     optimizer.__dict__.pop("grad_scale", None)
+    if optimizer.__dict__.pop(OWN_FLAG, None) is not None:
+        optimizer.__dict__.pop("found_inf", None)
 
 
 def unfold_after_step(optimizer: Optimizer) -> RemovableHandle:
     """Make every step of the optimizer end with `unfold_`; return the handle that undoes this.
 
-    A `GradScaler` sets `found_inf` beside `grad_scale` and removes both itself, so its steps are left alone.
+    A `GradScaler` brings a `found_inf` of its own beside `grad_scale` and removes both: its steps are left alone.
     """
 
     def remove(stepped: Optimizer, *_: Any) -> None:
-        if not isinstance(getattr(stepped, "found_inf", None), Tensor):
+        found = getattr(stepped, "found_inf", None)
+        if not isinstance(found, Tensor) or found is getattr(stepped, OWN_FLAG, None):
             unfold_(stepped)
 
     return optimizer.register_step_post_hook(remove)

@@ -40,7 +40,7 @@ def tensor_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
         Shape (len(tensors),), float32, or float64 where a tensor is double or its squares overflow float32.
 
     Example:
-        >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)])
+        >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0, device="cpu")])
         tensor([5., 0.])
     """
     return reduce_norms(
@@ -73,7 +73,7 @@ def bounded_norms(values: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor,
         larger than the largest of them.
     """
     if not values:
-        return torch.zeros(0), []
+        return torch.zeros(0, device="cpu"), []
     home = values[0].device
     if order == math.inf:
         parts = norms = [_largest_magnitude(v) for v in values]
@@ -147,13 +147,17 @@ def norms_of_owners(norms: Tensor, owners: Tensor, count: int, order: float = 2.
         >>> norms_of_owners(torch.tensor([3.0, 1.0, 4.0]), torch.tensor([0, 1, 0]), 2)
         tensor([5., 1.])
     """
-    zeros = norms.new_zeros(count, dtype=torch.float64)
-    if order == math.inf:
-        total = zeros.scatter_reduce(0, owners, norms.double(), "amax")
-    else:
-        total = zeros.index_add(0, owners, norms.double() ** order) ** (1 / order)
+    total = norms_of_owners_unread(norms.double(), owners, count, order)
     result = total.to(norms.dtype)
     return total if math.inf in result.tolist() else result
+
+
+def norms_of_owners_unread(norms: Tensor, owners: Tensor, count: int, order: float) -> Tensor:
+    """Return what `norms_of_owners` does of norms in float64, without reading a value."""
+    zeros = norms.new_zeros(count)
+    if order == math.inf:
+        return zeros.scatter_reduce(0, owners, norms, "amax")
+    return zeros.index_add(0, owners, norms**order) ** (1 / order)
 
 
 def _part_norms(values: Sequence[Tensor], order: float) -> list[Tensor]:

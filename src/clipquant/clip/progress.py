@@ -7,9 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from clipquant.clip.assign import Assignment
+from clipquant.clip.measured import Measured
 from clipquant.clip.record import ClipRecord
 from clipquant.clip.rule import State
+from clipquant.clip.unread import UnreadRecord
+
+_WAITING = 50  # steps; so late, at most, is known that too many were skipped
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Progress:
         skipped_steps: Those that were left out.
         streak: The skips since the last step that was taken.
         state: State of the rules.
+        unread: Latest steps whose figures still stand on an accelerator; they count once they are read.
 
     Example:
         >>> Progress().after(ClipRecord(clipped=True), step=0).clip_rate
@@ -53,6 +60,7 @@ class Progress:
     skipped_steps: int = 0
     streak: tuple[Skip, ...] = ()
     state: State = field(default_factory=dict, repr=False)
+    unread: tuple[tuple[int, UnreadRecord], ...] = field(default=(), repr=False)
 
     @property
     def clip_rate(self) -> float:
@@ -66,18 +74,43 @@ class Progress:
             record: What was done to its gradients.
             step: Its number.
         """
+        if isinstance(record, UnreadRecord) and not record.was_read:
+            waiting = replace(self, state=record.state, unread=(*self.unread, (step, record)))
+            return waiting if len(waiting.unread) < _WAITING else waiting.settled()
         streak: tuple[Skip, ...] = ()
         if record.skipped:  # else nobody needs the norm, which may not be measured yet
             norm = record.grad_norm
             skip = Skip(step, math.nan if norm is None else norm, record.nonfinite)
             streak = (*self.streak, skip)
-        return Progress(
-            self.steps + 1,
-            self.clipped_steps + record.clipped,
-            self.skipped_steps + record.skipped,
-            streak,
-            record.state,
+        return replace(
+            self,
+            steps=self.steps + 1,
+            clipped_steps=self.clipped_steps + record.clipped,
+            skipped_steps=self.skipped_steps + record.skipped,
+            streak=streak,
+            state=record.state,
         )
+
+    def settled(self) -> Progress:
+        """Return the progress with all steps counted: what is still unread is read, all in one go."""
+        if not self.unread:
+            return self
+        *earlier, (last, record) = self.unread
+        known, flags = record.read([each.flags for _, each in earlier])
+        counted = replace(self, unread=())
+        for (step, each), own in zip(earlier, flags.view(-1, 3).tolist(), strict=True):
+            clipped, broken, norm = own
+            skipped = bool(broken) and each.skips
+            counted = counted.after(
+                ClipRecord(
+                    clipped=bool(clipped) and not skipped,
+                    skipped=skipped,
+                    before=Measured(torch.tensor([norm], device="cpu")),
+                    state=each.state,
+                ),
+                step,
+            )
+        return counted.after(known, last)
 
     def fitting(self, assignment: Assignment, tell: Callable[[str], object]) -> Progress:
         """Return the same progress without states that rules of this assignment cannot go on from.
@@ -101,6 +134,8 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all as numbers, lists and tensors, which a checkpoint holds without pickled classes."""
+        if self.unread:
+            return self.settled().state_dict()
         return {
             "steps": self.steps,
             "clipped_steps": self.clipped_steps,

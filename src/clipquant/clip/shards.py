@@ -90,6 +90,41 @@ def reduce_any(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     return [bool(flag) for flag in found.tolist()]
 
 
+def reduce_together(
+    flags: Sequence[bool], vectors: Sequence[Tensor], tensors: Sequence[Tensor], order: float
+) -> tuple[list[bool], list[Tensor]] | None:
+    """Return flags and norms of all processes by one collective for each mesh dimension.
+
+    Args:
+        flags: Flags of this process.
+        vectors: Each of shape (len(tensors),), norms of what this process holds.
+        tensors: The tensors, plain or distributed.
+        order: Order p of the norms.
+
+    Returns:
+        What `reduce_any` and `reduce_norms` do in several; None where that is not enough, as nothing or not all of one
+        mesh is sharded, or a maximum is asked for.
+    """
+    groups = list(_sharded(tensors).items())
+    meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
+    if order == math.inf or len(groups) != 1 or len(meshes) != 1:
+        return None
+    ((mesh, dims), members) = groups[0]
+    if len(dims) != mesh.ndim:
+        return None
+    home = vectors[0].device if vectors else torch.device(mesh.device_type)
+    index = torch.tensor(members, device="cpu").to(home)
+    set_here = torch.tensor([float(flag) for flag in flags], device="cpu").to(home)
+    powers = [set_here.double(), *(vector[index].double() ** order for vector in vectors)]
+    total = _all_reduce(torch.cat(powers), mesh, dims, torch.distributed.ReduceOp.SUM)
+    counts, *sums = total.split([len(flags), *[len(members)] * len(vectors)])
+    wholes = [
+        vector.double().index_copy(0, index, own ** (1 / order))
+        for vector, own in zip(vectors, sums, strict=True)
+    ]
+    return [count > 0 for count in counts.tolist()], wholes
+
+
 def sharded_dims(tensor: Tensor) -> tuple[int, ...]:
     """Return the mesh dimensions over which a tensor's elements are spread; none for a plain or replicated one."""
     if not isinstance(tensor, DTensor):

@@ -18,7 +18,7 @@ _FLOAT32, _STRIDED = torch.float32, torch.strided
 _SMALL = 1 << 16  # elements of all gradients together
 
 
-def are_plain(grads: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
+def are_plain(grads: Sequence[Tensor | None]) -> TypeGuard[list[Tensor]]:
     """Return whether all are there, dense float32 tensors on a CPU that autograd does not follow.
 
     None of them shares memory within itself.

@@ -103,7 +103,7 @@ class Clamping:
             square = square_of(piece)
         return -self.limit <= low and high <= self.limit, square
 
-    def tiny_(self, owners: Sequence[int], vectors: Sequence[Tensor]) -> None:
+    def tiny_(self, owners: Sequence[int], vectors: list[Tensor]) -> None:
         """Clamp vectors that are small, joined for all that is to be found out about them."""
         joined = _flatten_dense_tensors(vectors)
         least, most = torch.aminmax(joined)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from clipquant.clip.outcome import Outcome
@@ -102,10 +102,10 @@ class Scaling:
             after = norms * coefficients
             self.clipped = True
             if all(grad.ndim < 2 for grad in grads):
-                torch._foreach_mul_(grads, coefficients.tolist())
+                torch._foreach_mul_(list(grads), coefficients.tolist())
             else:
                 rows.mul_(coefficients[:, None])
-                torch._foreach_copy_(grads, _unflatten_dense_tensors(rows.view(-1), grads))
+                torch._foreach_copy_(list(grads), _unflatten_dense_tensors(rows.view(-1), grads))
         sizes = [grad.numel() // row for grad in grads]
         self._saw(owners, sizes, norms, after)
 
@@ -119,7 +119,8 @@ class Scaling:
 def are_rows(tensors: Sequence[Tensor]) -> bool:
     """Return whether all are float32 tensors of a CPU without gaps, so that rows are views."""
     return all(
-        tensor.dtype is torch.float32
+        type(tensor) in (Tensor, nn.Parameter)  # a distributed one is more than its rows here
+        and tensor.dtype is torch.float32
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from clipquant.clip.norms import EXACT, vector_norm
@@ -65,20 +67,43 @@ def unit_norms(tensor: Tensor, axis: int = 0) -> Tensor:
         tensor([[5.],
                 [2.]])
     """
+    return units_of_all([tensor], axis)[0]
+
+
+def units_of_all(tensors: Sequence[Tensor], axis: int = 0) -> list[Tensor]:
+    """Return `unit_norms` of each tensor; of distributed ones by one collective for all that are laid out alike."""
+    found = [_local_units(tensor, axis) for tensor in tensors]
+    alike: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        dims = _dims_within_units(tensor, axis)
+        if dims and isinstance(tensor, DTensor):
+            alike.setdefault((tensor.device_mesh, dims), []).append(i)
+    for (mesh, dims), members in alike.items():
+        parts = [found[i].double().reshape(-1) for i in members]
+        whole = reduce_parts(torch.cat(parts), mesh, dims, 2.0)
+        for i, own in zip(members, whole.split([part.numel() for part in parts]), strict=True):
+            found[i] = own.view_as(found[i])
+    return found
+
+
+def _local_units(tensor: Tensor, axis: int) -> Tensor:
+    """Return the norms of what this process holds of each unit."""
     values = front(local_values(tensor), axis)
     values = values.abs() if values.is_complex() else values
     values = values if values.dtype in EXACT else values.float()
     norms = _kept_norms(values, tensor.ndim)
     if math.inf in norms.flatten().tolist():
         norms = _kept_norms(values.double(), tensor.ndim)
-    if isinstance(tensor, DTensor):
-        placements = tensor.placements
-        dims = sharded_dims(tensor)
-        if tensor.ndim > 1:  # a shard along the units' axis holds its units as a whole
-            own = axis % tensor.ndim
-            dims = tuple(d for d in dims if getattr(placements[d], "dim", None) != own)
-        return reduce_parts(norms, tensor.device_mesh, dims, 2.0) if dims else norms
     return norms
+
+
+def _dims_within_units(tensor: Tensor, axis: int) -> tuple[int, ...]:
+    """Return the mesh dimensions over which single units are spread."""
+    dims = sharded_dims(tensor)
+    if not dims or tensor.ndim < 2 or not isinstance(tensor, DTensor):
+        return dims
+    own = axis % tensor.ndim  # a shard along the units' axis holds its units as a whole
+    return tuple(d for d in dims if getattr(tensor.placements[d], "dim", None) != own)
 
 
 def _kept_norms(values: Tensor, ndim: int) -> Tensor:

@@ -16,7 +16,7 @@ from clipquant.clip.norms import EXACT, norms_of_owners, value_norms
 from clipquant.clip.outcome import Outcome
 from clipquant.clip.shards import local_values
 from clipquant.clip.unit_pieces import are_rows, scale_plain_
-from clipquant.clip.units import UnitLimits, front, row_norms, unit_norms
+from clipquant.clip.units import UnitLimits, front, row_norms, unit_norms, units_of_all
 
 _BLOCK = 1 << 20  # elements; with their weights, 8 MB in float32
 _SMALL = 1 << 16  # elements
@@ -43,11 +43,9 @@ def scale_units_(
         grads = [front(g, limits.axis) if plain[i] else g for i, g in enumerate(grads)]
         params = [front(p, limits.axis) if plain[i] else p for i, p in enumerate(params)]
     scaled = [_scale_pieces_(group, limits) for group in _grouped(grads, params, plain)]
-    scaled += [
-        _scale_odd_(i, grads[i], params[i], limits)
-        for i, is_plain in enumerate(plain)
-        if not is_plain
-    ]
+    scaled += _scale_odd_ones_(
+        [i for i, is_plain in enumerate(plain) if not is_plain], grads, params, limits
+    )
     clipped = any(each.clipped for each in scaled)
     finite = all(each.finite for each in scaled)
     if not measure:
@@ -180,19 +178,26 @@ def _scale_carefully_(
     return scaled.before, scaled.after, scaled.finite
 
 
-def _scale_odd_(owner: int, grad: Tensor, param: Tensor, limits: UnitLimits) -> _Scaled:
-    """Scale one gradient of any kind, which counts as one unit as to its norm."""
-    if grad.layout is torch.sparse_coo:
-        values, coefficients = _sparse_units(grad, param, limits)
-    else:
-        values = front(local_values(grad), limits.axis)
-        own = (unit_norms(tensor, limits.axis) for tensor in (grad, param))
-        coefficients = limits.coefficients(*own)
-    before = after = value_norms([values])
-    if values.numel() > 0 and not bool((coefficients >= 1).all()):
-        values.mul_(coefficients.to(values.dtype))
-        after = value_norms([values])
-    return _Scaled([(owner, 1)], before, after, math.isfinite(before.item()))
+def _scale_odd_ones_(
+    members: Sequence[int], grads: Sequence[Tensor], params: Sequence[Tensor], limits: UnitLimits
+) -> list[_Scaled]:
+    """Scale gradients of any kind, each of which counts as one unit as to its norm."""
+    dense = [i for i in members if grads[i].layout is not torch.sparse_coo]
+    norms = units_of_all([t[i] for t in (grads, params) for i in dense], limits.axis)
+    own = dict(zip(dense, zip(norms[: len(dense)], norms[len(dense) :], strict=True), strict=True))
+    scaled: list[_Scaled] = []
+    for i in members:
+        if i in own:
+            values = front(local_values(grads[i]), limits.axis)
+            coefficients = limits.coefficients(*own[i])
+        else:
+            values, coefficients = _sparse_units(grads[i], params[i], limits)
+        before = after = value_norms([values])
+        if values.numel() > 0 and not bool((coefficients >= 1).all()):
+            values.mul_(coefficients.to(values.dtype))
+            after = value_norms([values])
+        scaled.append(_Scaled([(i, 1)], before, after, math.isfinite(before.item())))
+    return scaled
 
 
 def _norms_of_grads(
@@ -200,10 +205,12 @@ def _norms_of_grads(
 ) -> Tensor:
     """Return the norm of each gradient from those of its units."""
     if not units:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     home = units[0][1].device
     owners, sizes = zip(*(owner for own, _ in units for owner in own), strict=True)
-    owner_of_unit = torch.tensor(owners).repeat_interleave(torch.tensor(sizes))
+    owner_of_unit = torch.tensor(owners, device="cpu").repeat_interleave(
+        torch.tensor(sizes, device="cpu")
+    )
     norms = torch.cat([norms.to(home) for _, norms in units])
     return norms_of_owners(norms, owner_of_unit.to(home), count)
 

@@ -16,6 +16,7 @@ from clipquant.export.example import Example, ExportError, largest_difference, r
 from clipquant.export.parts.capture import Capture, capture, quiet
 from clipquant.export.parts.distance import distance_judge, relative_error
 from clipquant.export.parts.format import Calls, Format
+from clipquant.export.parts.learned import trained_ranges
 from clipquant.export.parts.onnx_graph import (
     BASE_OPSET,
     EXTRA,
@@ -57,6 +58,7 @@ class OnnxInt8(Format):
         return export_onnx_int8(
             model, subject.weights, example, path,
             calibration=subject.calibration, judge=subject.judge, max_drop=subject.max_drop,
+            ranges=subject.ranges,
         )  # fmt: skip
 
     def open(self, path: str | Path, threads: int | None = None) -> Calls:
@@ -79,6 +81,7 @@ def export_onnx_int8(
     calibration: Sequence[Example],
     judge: Judge | None = None,
     max_drop: float | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> ExportRecord:
     """Write an ONNX file that computes in int8 (QDQ), with ranges calibrated by onnxruntime.
 
@@ -98,6 +101,8 @@ def export_onnx_int8(
         max_drop: The first calibration method whose drop is at most this is taken, else the best.
             None, or without a judge: the best; operators without weights are left in float only
             where it is a hundredth of the metric worse, or a tenth of the outputs' size away.
+        ranges: Name of a weight -> the ends of what its layer is called with, where training has learned
+            them: these are taken, unless that loses too much.
 
     Returns:
         What was written, with the method, metrics, and latency beside the float ONNX model.
@@ -132,7 +137,8 @@ def export_onnx_int8(
         else:
             judge_here, drop = judge, max_drop
             enough = _ENOUGH if max_drop is None else max_drop
-        chosen = _choose(source, weights, batches, outputs, judge_here, drop, enough)
+        found = _trained(source, weights, batches, outputs, judge_here, ranges or {}, enough)
+        chosen = found or _choose(source, weights, batches, outputs, judge_here, drop, enough)
         data = chosen.file.data
         apart = relative_error(plain, batches, runner(open_any(data), outputs))
         fine = judge is not None and chosen.judgement.drop <= enough
@@ -179,6 +185,30 @@ def _float_model(captured: Capture, names: list[str]) -> bytes:
     strip_debug_info(model)
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
+
+
+def _trained(
+    source: Path,
+    weights: QuantizedWeights,
+    batches: Sequence[Example],
+    outputs: Any,
+    judge: Judge,
+    ranges: Mapping[str, tuple[float, float]],
+    enough: float,
+) -> _Candidate | None:
+    """Return the file of the ranges that training has learned, where there are some and it loses little."""
+    if not ranges:
+        return None
+    try:
+        learned = trained_ranges(source, weights, ranges, batches)
+        for weighted_only in (False, True):
+            file = quantize_qdq(source, learned, weights, weighted_only)
+            judgement = judge(runner(open_any(file.data), outputs))
+            if judgement.drop <= enough:
+                return _Candidate(file, judgement, {})
+    except Exception:  # quantizer and runtime raise errors of many kinds; calibration alone may do
+        return None
+    return None
 
 
 def _choose(

@@ -117,9 +117,7 @@ def quantize_auto(
         errors = allocated_errors(rows, allocation.weights)
     weights = with_coding(replace(allocation.weights, errors=errors), goal.coding)
     report = make_report(weights, model, rows.sensitivities(allocation.bits))
-    if (
-        asked.max_drop is not None and allocation.budget.met
-    ):  # the user's own metric says what harm is
+    if asked.max_drop is not None and allocation.budget.met:  # the user's metric says what harm is
         report = replace(report, layers=tuple(map(unharmed, report.layers)))
     made = QuantizedModel(weights, report).reported(
         float_metrics=dict(before.metrics),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,13 +23,16 @@ from clipquant.quant.codes.coding import Coding, check_coding
 from clipquant.quant.codes.spec import MAX_BITS, Granularity
 from clipquant.quant.codes.weights import QuantizedWeights
 from clipquant.quant.methods import Method
+from clipquant.quant.network.bare import on_bare
 from clipquant.quant.network.calibration import (
     Calibration,
     Forward,
     Progress,
     calibration_data,
     call_model,
+    plain_loop,
 )
+from clipquant.quant.network.devices import asked_device, device_of, loop_on_device, moved
 from clipquant.quant.network.layers import Globs
 from clipquant.quant.network.twin import twin_of
 from clipquant.quant.quantize import quantize_weights
@@ -40,6 +44,7 @@ from clipquant.report.worries import boundless
 
 @naming_keywords(OF_QUANTIZING)
 @torch.inference_mode(False)
+@on_bare
 def quantize(
     model: nn.Module,
     bits: int | Literal["auto"] = 8,
@@ -60,12 +65,16 @@ def quantize(
     score: Score | None = None,
     confidence: float | None = None,
     coding: Coding = "dense",
+    device: torch.device | str | int | None = None,
 ) -> QuantizedModel:
     """Return `model` quantized; `model` itself is never touched.
 
     Args:
         model: Any module.
-        bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask.
+        bits: Width of a code, 1 to 8; "auto": 0 to 8 for each output channel, as the budgets ask. A number is
+            the same for all channels: in the same bytes bits by channel are nearer to the float network where
+            channels have many weights, farther where they have few, and take two to six times as long
+            (benchmarks/README.md); "auto" with `max_size` gives them.
         levels: Steps of the grid, instead of the most that `bits` allow.
         symmetric: Whether the grid has an exact zero in its middle. None: what suits the width.
         granularity: What shares a scale: "tensor", "channel" or that many weights of a channel. None: a
@@ -96,6 +105,9 @@ def quantize(
         coding: How a file holds codes: "dense"; "entropy", each weight in an entropy code where that is smaller,
             which needs the extra `clipquant[entropy]` to write and to read; or "auto", "entropy" where that extra
             is installed and saves 5 % of the file or more. With bits="auto", `max_size` counts what is coded.
+        device: Where a copy of the model runs and its codes are computed, such as "cuda"; a layer that finds no
+            memory there is computed on the CPU, and the report says so. The result lies where the model does.
+            None: there.
 
     Returns:
         The quantized model, with its report.
@@ -110,11 +122,16 @@ def quantize(
     check_model(model)
     check_spelling(method)
     check_coding(coding)
-    data = as_batches(data)
+    data, on = as_batches(data), asked_device(device)
     chosen = MAX_BITS if bits == "auto" else bits
     recipe = Recipe(chosen, levels, symmetric, granularity, method, include, exclude, overrides)
     if bits == "auto":
         check_auto(max_drop, max_size, recipe, confidence)
+        if on is not None:
+            raise ArgumentError(
+                f"bits='auto' computes where the model lies; got device={device!r}. Move the model there, and leave "
+                "device out."
+            )
         batches = _auto_data(data, calibration_batches)
         goal = AutoBits(max_drop, max_size, NAME, "max", recipe, confidence, coding)
         judge = None if score is None else _judge_of(model, score)
@@ -128,8 +145,12 @@ def quantize(
     check_budgets(bits, max_drop, max_size, confidence)
     batches = [] if data is None else calibration_data(data, calibration_batches)
     with progress_bar(progress) as tell:
-        guest = twin_of(model) if batches else model
-        made = quantize_by(recipe, guest, Calibration(batches, forward, tell))
+        guest = model if on is None and not batches else twin_of(model)
+        loop = plain_loop if on is None else loop_on_device(on)
+        guest = guest if on is None else guest.to(on)
+        made = quantize_by(recipe, guest, Calibration(batches, forward, tell, on, loop))
+    if on is not None:
+        made = replace(made, weights=moved(made.weights, device_of(model)))
     made = made if coding == "dense" else made.coded(coding)
     _warned(made)
     if score is None:
@@ -163,7 +184,7 @@ def _warned(made: QuantizedModel) -> QuantizedModel:
     """Return the same, after a warning where the network is likely harmed and where a budget bounds nothing."""
     harmed = f"The quantized network is {made.report.warning}" if made.report.warning else ""
     for said in filter(None, (harmed, boundless(made.report))):
-        warnings.warn(f"{said}.", stacklevel=4)
+        warnings.warn(f"{said}.", stacklevel=6)
     return made
 
 

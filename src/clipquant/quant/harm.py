@@ -15,7 +15,7 @@ from clipquant.quant.methods.base import Found, Problem, matrix_of
 from clipquant.quant.network.batchnorm import batch_norms
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import bias_of
-from clipquant.quant.network.moments import inputs_met, places_of
+from clipquant.quant.network.moments import Finite, inputs_met, places_of
 from clipquant.quant.network.patches import patches
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.widths.allocator import Allocator
@@ -76,9 +76,10 @@ def output_errors(
     }
     sums = {name: _Difference() for name in held}
     places = places_of(exact, problem.targets)
+    checks = Finite()
 
     def visit(number: int, batch: Any) -> None:
-        floats, others = inputs_met((exact, rounded), places, batch, calibration, number)
+        floats, others = inputs_met((exact, rounded), places, batch, calibration, number, checks)
         for name, inputs in others.items():
             for (place, x), (_, f) in zip(inputs, floats.get(name, ()), strict=False):
                 for a, b in zip(patches(place, x), patches(place, f), strict=True):
@@ -87,6 +88,7 @@ def output_errors(
     numbers = list(calibration.apart or range(len(calibration)))
     try:
         calibration.each(visit, numbers[:_BATCHES])
+        checks.check()
     except ArgumentError:  # outputs that are not finite have no error to speak of
         return {}
     return {
@@ -126,6 +128,7 @@ class _Difference:
 
     def add_(self, x: Tensor, f: Tensor, matrix: Tensor, values: Tensor) -> None:
         groups, positions, columns = f.shape
+        matrix, values = matrix.to(f.device), values.to(f.device)
         wanted = f @ matrix.reshape(groups, -1, columns).mT
         off = x @ values.reshape(groups, -1, columns).mT - wanted
         parts = [part for y in (wanted, off) for part in (y.sum(1), y.square().sum())]

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipquant.quant.codes.weights import LeftInFloat
+from clipquant.report.digits import measured
 from clipquant.report.exports import export_table
 from clipquant.report.plots import counted
 from clipquant.report.record import LayerRecord, QuantizationReport, Trial, drop_of
-from clipquant.report.table import figure
+from clipquant.report.summary import way
+from clipquant.report.table import coded_said, figure
 from clipquant.report.text import breakable, escape
 
 _FEW = 8  # names that are shown without being asked for
@@ -99,13 +101,17 @@ def _weight(layer: LayerRecord, size: int, estimated: bool) -> list[Cell]:
     cells = [
         Cell(breakable(layer.name) + note, layer.name),
         Cell(" x ".join(map(str, layer.shape)), math.prod(layer.shape)),
-        Cell(f"{layer.bits:.2f}".removesuffix(".00"), layer.bits),
+        Cell(_bits(layer), layer.bits),
         Cell(escape(layer.method), layer.method),
         Cell(figure(layer.sqnr_db, ".1f"), _key(layer.sqnr_db)),
     ]
     if estimated:
         cells.append(Cell(figure(layer.sensitivity, ".2e"), _key(layer.sensitivity)))
     return [*cells, Cell(f"{layer.bytes:,}", layer.bytes), Cell(f"{share:.1%}", share)]
+
+
+def _bits(layer: LayerRecord) -> str:
+    return escape(f"{layer.bits:.2f}".removesuffix(".00") + coded_said(layer.coded_bits))
 
 
 def _key(value: float | None) -> float | str:
@@ -118,7 +124,7 @@ def _key(value: float | None) -> float | str:
 def trials_sheet(report: QuantizationReport, trials: Sequence[Trial]) -> str:
     """Return a row a trial of the search, the largest first."""
     ordered = sorted(trials, key=lambda trial: -trial.size_bytes)
-    columns = list(map(Column, ("bytes", report.monitor or "", "drop", "bits")))
+    columns = list(map(Column, ("bytes", report.monitor or "", "drop", "tried")))
     chosen = next((i for i, trial in enumerate(ordered) if trial.chosen), -1)
     return sheet(columns, [_trial(trial, report) for trial in ordered], chosen)
 
@@ -126,8 +132,8 @@ def trials_sheet(report: QuantizationReport, trials: Sequence[Trial]) -> str:
 def _trial(trial: Trial, report: QuantizationReport) -> list[Cell]:
     value = math.nan if trial.value is None else trial.value
     drop = drop_of(report.float_metrics[report.monitor or ""], value, report.mode)
-    bits = "one width" if trial.what == "uniform" else "by row"
-    return list(map(Cell, (f"{trial.size_bytes:,}", f"{value:.6g}", f"{drop:.4g}", bits)))
+    cells = (f"{trial.size_bytes:,}", f"{value:.6g}", measured(drop, trial.error), way(trial))
+    return [Cell(escape(cell)) for cell in cells]
 
 
 def exports_sheet(report: QuantizationReport) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from clipquant.quant.codes.trained import METHOD
 from clipquant.report.digits import change_said, measured, pair, size
 from clipquant.report.plots import counted
-from clipquant.report.record import QuantizationReport, drop_of, ratio_said
+from clipquant.report.record import QuantizationReport, Trial, drop_of, ratio_said
 from clipquant.report.text import escape
 
 HEADER = ("", "float", "quantized", "change")
@@ -62,9 +62,15 @@ def search_rows(report: QuantizationReport) -> list[tuple[str, ...]]:
             value = f"{trial.value:.4g}"
             lost = None if before is None else drop_of(before, trial.value, report.mode)
             drop = "-" if lost is None else measured(lost, trial.error, 2)
-        what = _WAYS.get(trial.what, "one width for all")
-        rows.append((what, f"{trial.size_bytes:,}", value, drop, "chosen" if trial.chosen else ""))
+        rows.append(
+            (way(trial), f"{trial.size_bytes:,}", value, drop, "chosen" if trial.chosen else "")
+        )
     return rows
+
+
+def way(trial: Trial) -> str:
+    """Return how the bits of a trial were given, in words."""
+    return _WAYS.get(trial.what, "one width for all")
 
 
 def closing(report: QuantizationReport, said: Sequence[str] = ()) -> Iterator[str]:

@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 from clipquant.report.digits import pair
 from clipquant.report.exports import export_remarks, export_table
-from clipquant.report.fitting import fit_table
+from clipquant.report.fitting import fit_table, wrap
 from clipquant.report.naming import distinct
 from clipquant.report.record import LayerRecord, QuantizationReport
 from clipquant.report.summary import HEADER, SEARCH_HEADER, closing, figures_of, search_rows
@@ -107,7 +107,8 @@ def print_summary(report: QuantizationReport, said: Sequence[str] = ()) -> None:
         if not remark.failed:
             print("Export " + "\n  ".join(map(shown, remark.lines)))
     for line in closing(report, said):
-        print(shown(line))
+        copied = line.startswith(("Artifact", "Load it"))  # with the mouse: no line break of ours
+        print(shown(line) if copied else wrap(shown(line), screen_width()))
 
 
 def print_table(

@@ -82,19 +82,24 @@ def test_all_widths_together_are_as_good_as_one_alone(width: int) -> None:
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_errors_are_those_of_the_outputs_with_the_damping(centred: bool) -> None:
+def test_errors_are_those_of_the_outputs_as_far_as_believed_with_the_damping(
+    centred: bool,
+) -> None:
     torch.manual_seed(0)
     matrix, x = torch.randn(6, 20), inputs(2, 300, 20)
     table = solve_rows(matrix, moments(x, matrix), range(9), 20, centred=centred)
     hessian = (x.double().mT @ x.double() / 300) - (
         torch.einsum("gi,gj->gij", x.double().mean(1), x.double().mean(1)) if centred else 0
     )
-    pull = 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    pull = 0.01 * diagonal.mean(1)
+    chance = 20 / (20 + 300)  # columns against samples
+    energy = diagonal.repeat_interleave(3, 0)
     for width in range(9):
         values = table.take(torch.full((6,), width, dtype=torch.uint8)).values()
-        off = (values - matrix).double().square().sum(1)
-        expected = output_errors(table, width, matrix, x, centred)
-        expected = expected + off * pull.repeat_interleave(3)
+        squares = (values - matrix).double().square()
+        expected = (1 - chance) * output_errors(table, width, matrix, x, centred)
+        expected += chance * (squares * energy).sum(1) + squares.sum(1) * pull.repeat_interleave(3)
         assert torch.allclose(table.errors[:, width], expected, rtol=2e-3, atol=1e-9)
     assert (table.errors[:, :8] >= table.errors[:, 1:] * 0.8).all()
 

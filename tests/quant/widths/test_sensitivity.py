@@ -9,7 +9,12 @@ from torch.nn import functional as F
 from clipquant import quantize
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import select
-from clipquant.quant.widths.sensitivity import believed, believed_gradients, squared_gradients
+from clipquant.quant.widths.sensitivity import (
+    believed,
+    believed_gradients,
+    squared_gradients,
+    with_unseen,
+)
 
 
 def collected(parts):
@@ -21,7 +26,7 @@ def test_rows_that_differ_by_chance_alone_become_alike():
     torch.manual_seed(0)
     parts = torch.zeros(16, 300, 4)
     parts[torch.arange(16).repeat_interleave(4), torch.randint(0, 300, (64,))] = 1.0
-    rows = believed(*collected(parts)).sum(1)
+    rows = believed(*collected(parts), 64).sum(1)
     assert rows.min() > 0.7 * rows.mean()
 
 
@@ -30,14 +35,24 @@ def test_rows_that_differ_in_truth_stay_apart():
     size = torch.logspace(-2, 2, 30)
     parts = size[:, None] * (1 + 0.1 * torch.rand(16, 30, 4))
     fisher, square, pieces = collected(parts)
-    assert torch.allclose(believed(fisher, square, pieces), fisher, rtol=0.05)
+    assert torch.allclose(believed(fisher, square, pieces, 10**7), fisher, rtol=0.05)
 
 
-def test_the_mean_of_all_rows_stays_and_one_piece_says_nothing_of_chance():
+def test_the_mean_of_all_rows_stays_and_counts_as_64_samples():
     torch.manual_seed(0)
     fisher, square, pieces = collected(torch.rand(5, 20, 3))
-    assert torch.allclose(believed(fisher, square, pieces).mean(0), fisher.mean(0))
-    assert torch.equal(believed(fisher, square, 1), fisher)
+    assert torch.allclose(believed(fisher, square, pieces, 9).mean(0), fisher.mean(0))
+    halfway = (fisher + fisher.mean(0)) / 2
+    assert torch.allclose(believed(fisher, square, 1, 64), halfway)  # one piece alone
+    assert torch.allclose(believed(fisher, fisher.sum(1) ** 2, 5, 64), halfway)  # all pieces alike
+
+
+def test_a_row_of_a_lookup_that_nobody_asks_for_counts_as_one_look():
+    torch.manual_seed(0)
+    looks = torch.tensor([0, 0, 1, 1, 1, 1, 2, 9])
+    fisher = looks[:, None] * torch.ones(8, 3)
+    assert torch.equal(with_unseen(fisher), fisher + 1)
+    assert torch.equal(with_unseen(fisher * 0), fisher * 0)
 
 
 def net_of(quantized, net):
@@ -60,16 +75,24 @@ def test_unseen_classes_keep_their_bits():
     net.eval()
     labels = [torch.randint(0, 120, (4,)) for _ in range(8)]
     data = [centres[y] + 0.5 * torch.randn(4, 16) for y in labels]
-    plain = quantize(net, 2, data=data, progress=False)
-    # What a search leaves free for its own report does not count against it.
-    made = quantize(net, "auto", max_size=plain.report.size_bytes + 1100, data=data, progress=False)
-    bits = made.weights.tensors["2.weight"].bits.float()
     unseen = ~torch.isin(torch.arange(120), torch.cat(labels))
     y = torch.randint(0, 120, (2000,))
     x = centres[y] + 0.5 * torch.randn(2000, 16)
-    hits = [float((net_of(q, net)(x).argmax(1) == y).float().mean()) for q in (plain, made)]
-    assert hits[1] >= hits[0] - 0.03
-    assert bits[unseen].mean() > 0.8 * bits[~unseen].mean()
+    for few in (data, [torch.cat(data)]):
+        plain = quantize(net, 2, data=few, progress=False)
+        # What a search leaves free for its own report does not count against it.
+        made = quantize(
+            net, "auto", max_size=plain.report.size_bytes + 1100, data=few, progress=False
+        )
+        bits = made.weights.tensors["2.weight"].bits.float()
+        hits = [float((net_of(q, net)(x).argmax(1) == y).float().mean()) for q in (plain, made)]
+        assert hits[1] >= hits[0] - 0.03
+        assert bits[unseen].mean() > 0.8 * bits[~unseen].mean()
+        rest = unseen[y]  # inputs of classes that nothing was fitted to
+        off = [
+            float((net_of(q, net)(x[rest]) - net(x[rest])).square().sum()) for q in (plain, made)
+        ]
+        assert off[1] < 1.25 * off[0]
 
 
 def test_tables_are_as_they_were_seen():

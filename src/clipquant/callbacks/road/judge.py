@@ -16,7 +16,7 @@ from clipquant.budget.chance import Judged, Parts, jackknife_error
 from clipquant.callbacks.road.data import Portion, combined, kept_generators, validation_loaders
 from clipquant.callbacks.road.parts import Recorder
 from clipquant.callbacks.road.road import Road
-from clipquant.errors import RunError
+from clipquant.errors import ClipquantError, RunError
 from clipquant.quant.network.outputs import tensors_of
 
 PASSES = 16  # parts at most of a metric that each part is validated for
@@ -87,7 +87,8 @@ def judge_parts(
         except (
             Exception
         ) as error:  # a step that asks for all batches, a metric that needs every class
-            return Judged(metrics, whole_only=f"{type(error).__name__}: {error}")
+            kind = "" if isinstance(error, ClipquantError) else f"{type(error).__name__}: "
+            return Judged(metrics, whole_only=f"{kind}{error}")
     return Judged(metrics, {name: parts})
 
 
@@ -109,7 +110,9 @@ def _passes(road: Road, loaders: Any, name: str, batches: Sequence[float], what:
     whole = combined(road.trainer, loaders, "sequential")
     parts = int(min(PASSES, *batches))
     if not all(map(math.isfinite, batches)) or parts < 2:
-        raise RunError(f"validation of {min(batches):g} batch cannot be parted")
+        raise RunError(
+            f"validation has {min(batches):g} batch; two or more tell by how much chance moves the metric"
+        )
     portions = copy.copy(whole)
     portions.flattened = [
         Portion(loader, int(count), parts)

@@ -55,8 +55,8 @@ class AdaGC(Rule):
 
     def init(self) -> State:
         return {
-            "steps": torch.zeros((), dtype=torch.int64),
-            "means": torch.zeros(0, dtype=torch.float64),
+            "steps": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "means": torch.zeros(0, dtype=torch.float64, device="cpu"),
         }
 
     def plan(

@@ -53,7 +53,7 @@ class AutoClip(Rule):
         check_count("AutoClip", "window", self.window, low=1)
 
     def init(self) -> State:
-        return {"history": torch.zeros(0)}
+        return {"history": torch.zeros(0, device="cpu")}
 
     def plan(self, grads: Gradients, params: Sequence[Tensor], state: State) -> tuple[Scale, State]:
         norm = grads.norm()

@@ -83,12 +83,14 @@ class Norm(Rule):
         return self.scope == "global"
 
     def init(self) -> State:
-        return {"steps": torch.zeros((), dtype=torch.int64)} if self.warmup_steps else {}
+        return (
+            {"steps": torch.zeros((), dtype=torch.int64, device="cpu")} if self.warmup_steps else {}
+        )
 
     def plan(
         self, grads: Gradients, params: Sequence[Tensor], state: State
     ) -> tuple[Scale | ScaleEach, State]:
-        limit, state = self._limit(state)
+        limit, state = self.limit(state)
         if self.scope == "global":
             return Scale(norm_coefficient(grads.measured(self.order).total, limit)), state
         norms = grads.norms(self.order)
@@ -102,7 +104,8 @@ class Norm(Rule):
     def clip(self, grad: Tensor, param: Tensor, plan: Scale | ScaleEach) -> Tensor:
         return plan.clip(grad, param)
 
-    def _limit(self, state: State) -> tuple[float, State]:
+    def limit(self, state: State) -> tuple[float, State]:
+        """Return the limit of this step, and the next state."""
         if not self.warmup_steps:
             return float(self.max_norm), state
         steps = state["steps"] + 1

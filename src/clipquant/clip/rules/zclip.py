@@ -52,9 +52,9 @@ class ZClip(Rule):
             check_number("ZClip", "max_norm", self.max_norm, above=0.0, hint="None for no limit")
 
     def init(self) -> State:
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
         return {
-            "steps": torch.zeros((), dtype=torch.int64),
+            "steps": torch.zeros((), dtype=torch.int64, device="cpu"),
             "warmup": zero[None][:0],
             "mean": zero,
             "variance": zero,

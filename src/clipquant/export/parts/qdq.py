@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 CALIBRATION = ("MinMax", "Percentile", "Entropy")
+MULTIPLIED = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # where their weight stands
 _LARGEST = 1e30  # of an activation that has a range: beyond it stand masks
 
 
@@ -208,9 +209,7 @@ def _weighted(graph: onnx.GraphProto) -> Iterator[str]:
     """Yield the names of the nodes that multiply by a constant or look rows up in one."""
     constants = {initializer.name for initializer in graph.initializer}
     for node in graph.node:
-        place = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}.get(
-            node.op_type
-        )
+        place = {**MULTIPLIED, "Gather": 0}.get(node.op_type)
         if place is not None and node.input[place] in constants:
             yield node.name
 

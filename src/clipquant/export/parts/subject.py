@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -41,6 +41,7 @@ class Subject:
         calibration: Calls whose activations set the ranges of a format that has such.
         judge: What a forward, run by the file, is worth. None: no metric is known.
         max_drop: Most that the file may lose by the judge. None: no limit.
+        ranges: Name of a weight -> the ends of what its layer is called with, where training has learned them.
     """
 
     weights: QuantizedWeights
@@ -49,6 +50,7 @@ class Subject:
     calibration: Sequence[Example] = ()
     judge: Judge | None = None
     max_drop: float | None = None
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def call(self) -> tuple[nn.Module, Example]:
         """Return the model and a call of it.

@@ -83,7 +83,11 @@ def coder_library() -> Any:
 def encode(codes: Tensor, grid: Grid, bits: int | Tensor) -> Tensor:
     """Return a weight's codes as a stream, the shortest of those that foretell them in different ways.
 
-    The codes of rows of 0 bits are all zero and cost nothing.
+    A stream is a CRC-32 of the codes (4 bytes, little endian), the way in which they are foretold (a byte: 0,
+    all alike; 1, by classes, the lines along the rows; 2, by classes, along the columns), and the 32-bit words of a
+    range coder, little endian. Rows of one width follow those of a smaller one, each with an alphabet and frequencies
+    of their own; see `Lines`, `Surroundings` and `Frequencies`. The codes of rows of 0 bits are all zero and cost
+    nothing.
 
     Args:
         codes: uint8 (rows, columns).

@@ -24,6 +24,7 @@ class TrainedGrid:
         grid: The grid.
         bits: Width of a code, or uint8 (rows,) where each row has its own.
         layout: How the weight folds into rows.
+        inputs: The ends of the range of what its layer is called with, where that was trained too.
 
     >>> trained = TrainedGrid(Grid(torch.tensor([[0.5]]), None, 2, 3), 2, Layout((1, 3)))
     >>> trained.tensor(torch.tensor([[-0.6, 0.1, 0.4]])).coded.values()
@@ -33,6 +34,7 @@ class TrainedGrid:
     grid: Grid
     bits: int | Tensor
     layout: Layout
+    inputs: tuple[float, float] | None = None
 
     def tensor(self, weight: Tensor) -> QuantizedTensor:
         """Return a weight on this grid, each of its values the nearest."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from clipquant.quant.codes.ranges import plain_rounding
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.devices import moved
 from clipquant.quant.network.layers import Target, bias_of
 from clipquant.quant.network.moments import HESSIAN_LIMIT, Moments, observe
 from clipquant.quant.network.twin import Twin
@@ -41,6 +42,7 @@ class OwnError:
     ) -> OwnError:
         """Return the error of a weight whose inputs have some moments; None: all inputs count alike."""
         matrix = matrix.float()
+        moments = None if moments is None else moved(moments, matrix.device)
         hessian = (
             matrix.new_ones(1, matrix.shape[1]) if moments is None else moments.hessian.float()
         )

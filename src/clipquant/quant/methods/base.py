@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from clipquant.quant.codes.grid import Coded
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.network.calibration import Calibration
+from clipquant.quant.network.devices import moved, with_room
 from clipquant.quant.network.layers import Target, check_finite
 from clipquant.quant.network.outputs import distances
 from clipquant.quant.network.twin import Twin
@@ -154,12 +157,29 @@ def by_weight(code: Callable[[Tensor, QuantSpec], Coded]) -> Callable[[Problem],
     """
 
     def solve(problem: Problem) -> Found:
-        codes = {t.name: code(matrix_of(t), problem.specs[t.name]) for t in problem.targets}
+        codes: dict[str, Coded] = {}
+        notes: dict[str, tuple[str, ...]] = {}
+        for target in problem.targets:
+            matrix, spec = matrix_of(target), problem.specs[target.name]
+            codes[target.name], said = with_room(partial(_on, code, matrix, spec), matrix.device)
+            if said:
+                notes[target.name] = (said,)
         if not all(bool(coded.grid.scale.isfinite().all()) for coded in codes.values()):
             check_finite(problem.targets)  # a weight that is not finite leaves no finite step
-        return Found(codes)
+        return Found(codes, notes=notes)
 
     return solve
+
+
+def _on(
+    code: Callable[[Tensor, QuantSpec], Coded],
+    matrix: Tensor,
+    spec: QuantSpec,
+    where: torch.device | None,
+) -> Coded:
+    """Return a matrix's codes, computed somewhere else."""
+    coded = code(matrix if where is None else matrix.to(where), spec)
+    return coded if where is None else moved(coded, matrix.device)
 
 
 def matrix_of(target: Target) -> Tensor:

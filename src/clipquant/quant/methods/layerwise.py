@@ -16,6 +16,7 @@ from clipquant.quant.codes.paths import parameter_at
 from clipquant.quant.codes.ranges import mse_grid
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.methods.base import Found, Problem, matrix_of, weight_of
+from clipquant.quant.network.devices import moved, with_room
 from clipquant.quant.network.layers import Target, bias_of, check_finite, is_lookup
 from clipquant.quant.network.moments import Moments, observe
 from clipquant.quant.network.replay import Replay, parts_of
@@ -119,7 +120,10 @@ class _Run:
                 return observed(replay=replay)
             except Exception:  # whatever user code makes of zeros
                 replay.off_()
-        return observed()
+        found, said = with_room(lambda where: observed(sums_on=where), group[0].weight.device)
+        for target in group if said else ():
+            self._note_(target, said)
+        return found
 
     def _solve_free_(self, target: Target, why: str) -> None:
         matrix = matrix_of(target)
@@ -135,7 +139,15 @@ class _Run:
         if is_lookup(model, target):
             moments, bias = _with_lookup(moments, matrix), None
         spec, start = self.problem.specs[target.name], self.codes.get(target.name)
-        coded, method = self.code(Layer(matrix, spec, moments, bias is not None, start))
+        layer = moved(Layer(matrix, spec, moments, bias is not None, start), moments.goal.device)
+
+        def compute(where: torch.device | None) -> tuple[Coded, str]:
+            coded, method = self.code(layer if where is None else moved(layer, where))
+            return moved(coded, matrix.device), method
+
+        (coded, method), said = with_room(compute, matrix.device)
+        if said:
+            self._note_(target, said)
         self._put_(target, coded, method)
         if bias is not None:
             self._correct_(target, bias, coded, moments)
@@ -152,7 +164,7 @@ class _Run:
         path = target.name.removesuffix(target.attribute) + bias
         old = parameter_at(self.problem.model, path)
         values = coded.values().reshape(moments.goal.shape)
-        mean, output = moments.means()
+        mean, output = (part.to(values.device) for part in moments.means())
         shift = output - torch.einsum("grc,gc->gr", values, mean)
         self.biases[path] = (old + shift.reshape(-1)).to(old.dtype).detach()
         self.rounded.hold_({path: self.biases[path]})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # What `torch.compile`, FSDP and activation checkpointing call the module that they stand in front of.
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -23,7 +27,8 @@ def inner_of(module: nn.Module) -> nn.Module:
     (True, True)
     """
     while type(module).__module__.startswith("torch."):
-        inner = next((i for name in WRAPPED if (i := module._modules.get(name)) is not None), None)
+        held = _plain(module._modules)
+        inner = next((i for name in WRAPPED if (i := held.get(name)) is not None), None)
         if inner is None:
             break
         module = inner
@@ -71,12 +76,28 @@ def bare(module: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Iter
             step()
 
 
+def on_bare(work: Callable[P, T]) -> Callable[P, T]:
+    """Return a function of a module, its first argument, that sees it as its author wrote it."""
+
+    @functools.wraps(work)
+    def on_inner(*args: P.args, **named: P.kwargs) -> T:
+        model = args[0] if args else named.get("model")
+        if not isinstance(model, nn.Module):
+            return work(*args, **named)  # which says what is wrong with it
+        inner: Any = inner_of(model)
+        given: Any = ((inner, *args[1:]), named) if args else ((), {**named, "model": inner})
+        with bare(inner):
+            return work(*given[0], **given[1])
+
+    return on_inner
+
+
 def _unwrapped(module: nn.Module, undo: list[Callable[[], object]]) -> list[nn.Module]:
     """Return all parts of a module, each wrapper among them replaced by what it wraps."""
     parts = [module]
     seen = {id(module)}
     for part in parts:  # grows meanwhile
-        for name, child in part._modules.items():
+        for name, child in _plain(part._modules).items():
             inner = child if child is None else inner_of(child)
             if inner is not child:
                 undo.append(partial(part._modules.__setitem__, name, child))
@@ -85,6 +106,11 @@ def _unwrapped(module: nn.Module, undo: list[Callable[[], object]]) -> list[nn.M
                 seen.add(id(inner))
                 parts.append(inner)
     return parts
+
+
+def _plain(held: Any) -> dict[str, Any]:
+    """Return what a module holds; nothing for a compiled script, which keeps it to itself."""
+    return held if isinstance(held, dict) else {}
 
 
 def _without_engine_(part: nn.Module, undo: list[Callable[[], object]]) -> None:
@@ -133,8 +159,7 @@ def _hold_(
             value = nn.Parameter(value, old.requires_grad)
         new[id(old)] = value
     for part in module.modules():
-        held: Any
-        for held in (part._parameters, part._buffers):
+        for held in map(_plain, (part._parameters, part._buffers)):
             for name, own in list(held.items()):
                 if id(own) in new:
                     undo.append(partial(held.__setitem__, name, own))

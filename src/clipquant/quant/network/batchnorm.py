@@ -75,8 +75,8 @@ def reestimate(exact: Twin, rounded: Twin, calibration: Calibration) -> dict[str
     new: dict[str, Tensor] = {}
     for name, shift in _shifts(exact, rounded, list(layers), calibration).items():
         mean, variance = _statistics(layers[name])
-        new[f"{name}.running_mean"] = (mean + shift.mean).to(mean.dtype)
-        new[f"{name}.running_var"] = (variance * shift.ratio).to(variance.dtype)
+        new[f"{name}.running_mean"] = (mean + shift.mean.to(mean.device)).to(mean.dtype)
+        new[f"{name}.running_var"] = (variance * shift.ratio.to(mean.device)).to(variance.dtype)
     rounded.hold_(new)
     if distances(exact, [rounded], calibration, last)[0] < before:
         return new

@@ -98,7 +98,7 @@ def distances(
     Returns:
         For each of the others the mean of `distance` over the batches.
     """
-    totals = [0.0] * len(others)
+    totals: list[Tensor | float] = [0.0] * len(others)
 
     def visit(_number: int, batch: Any) -> None:
         with torch.no_grad():
@@ -108,11 +108,11 @@ def distances(
             for i, twin in enumerate(others):
                 with taken.followed():
                     own = outputs_of(twin, batch, calibration.forward, last)
-                totals[i] += float(distance(own, wanted))
+                totals[i] = totals[i] + distance(own, wanted)
 
     numbers = calibration.apart or range(len(calibration))
     calibration.each(visit, numbers)
-    return [total / len(numbers) for total in totals]
+    return [float(total) / len(numbers) for total in totals]
 
 
 def distance(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

@@ -79,6 +79,8 @@ def _swap_(module: nn.Module, key: str, value: Tensor) -> Any:
     """
     held = module._parameters if key in module._parameters else module._buffers
     old = held[key]
+    if old is not None and value.device != old.device:  # a loop may have moved the model meanwhile
+        value = value.to(old.device)
     if isinstance(old, nn.Parameter) and _fits(old, value):
         kept, old.data = old.data, value.detach()
         return old, kept

@@ -34,6 +34,12 @@ class GridSteps:
         all_leaves = [leaf for leaves in self.leaves.values() for leaf in leaves]
         self.optimizer = torch.optim.Adam(all_leaves, lr=rate) if all_leaves else None
 
+    def add_(self, name: str, leaves: Sequence[Tensor]) -> None:
+        """Let what else belongs to a weight, such as the range of its inputs, be moved with its grid."""
+        if self.optimizer is not None and leaves:
+            self.leaves[name] = [*self.leaves[name], *leaves]
+            self.optimizer.add_param_group({"params": list(leaves), "lr": self.rate})
+
     def step_(self, names: Sequence[str], share: float, factor: float, mean: Mean | None) -> None:
         """Move the grids of some weights by their gradients, which are used up.
 

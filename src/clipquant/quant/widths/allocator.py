@@ -20,12 +20,12 @@ from clipquant.quant.network.moments import HESSIAN_LIMIT, Moments, observe
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.widths.frontier import WIDTHS, Choices, Frontier, frontier
 from clipquant.quant.widths.nearest import nearest_rows
-from clipquant.quant.widths.rate import RateTable, rated_apart, rated_rows
+from clipquant.quant.widths.rate import CHOICES, RateTable, rated_apart, rated_rows
 from clipquant.quant.widths.rows import RowGptq, solve_rows
+from clipquant.quant.widths.sensitivity import with_unseen
 from clipquant.quant.widths.table import RowTable
 
 ROWS = RowGptq()  # how rows are walked
-UNSEEN = 0.1  # share of the mean that a row of a lookup counts for which no batch looks up
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ def allocator(
         given = (fixed or {}).get(name)
         own, bias = fisher[name], _free_bias(model, target, selection)
         if is_lookup(model, target):
-            own = own + UNSEEN * own.mean()
+            own = with_unseen(own)
         reached = bool(own.any())
         if given is None and not reached:
             given = MAX_BITS
-        widths = tuple(range(WIDTHS)) if given is None else (given,)
         by_rate = coded and given is None
+        widths = tuple(range(CHOICES if by_rate else WIDTHS)) if given is None else (given,)
         known = moments if moments is not None and moments.hessian.dim() > 2 else None
         if known is None:
             tables[name] = (

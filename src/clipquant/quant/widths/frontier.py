@@ -20,9 +20,9 @@ class Choices:
 
     Args:
         columns: Weights in a row.
-        losses: float64 (rows, 9): expected increase of the loss at 0 to 8 bits.
+        losses: float64 (rows, 9): expected increase of the loss at 0 to 8 bits; or (rows, choices) beside prices.
         widths: The widths allowed, rising; one alone pins the weight.
-        prices: float64 (rows, 9): bytes of each row's codes; None: dense codes of 0 to 8 bits.
+        prices: Like `losses`: bytes of each row's codes; None: dense codes of 0 to 8 bits.
     """
 
     columns: int
@@ -35,7 +35,7 @@ class Choices:
         return (width * self.columns + 7) // 8
 
     def costs(self) -> Tensor:
-        """Return the bytes of each row's codes at each width, (rows, 9): whole numbers where codes are dense."""
+        """Return the bytes of each row's codes at each width, like `losses`: whole numbers where codes are dense."""
         if self.prices is not None:
             return self.prices
         dense = torch.tensor([self.row_bytes(width) for width in range(WIDTHS)])
@@ -182,7 +182,7 @@ def _steepest(
 ) -> tuple[Tensor, Tensor]:
     """Return for each row the width of the steepest fall of loss from where it is, and its slope."""
     losses = choice.losses[rows]
-    allowed = torch.zeros(WIDTHS, dtype=torch.bool)
+    allowed = torch.zeros(losses.shape[1], dtype=torch.bool)
     allowed[list(choice.widths)] = True
     saved = losses.gather(1, current[:, None]) - losses
     cost = prices - prices.gather(1, current[:, None])

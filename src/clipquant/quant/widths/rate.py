@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from clipquant.quant.codes.grid import Coded, Grid, group
 from clipquant.quant.codes.zeros import is_pruned
+from clipquant.quant.error.walk import Walk, gptq_codes, plan_walk
 from clipquant.quant.network.moments import Moments
 from clipquant.quant.widths.nearest import column_weights
-from clipquant.quant.widths.rows import damped_hessian, row_hessian
+from clipquant.quant.widths.rows import believed_hessian, damped_error, row_hessian
 from clipquant.quant.widths.worth import FINEST, Stepped, worthy, worthy_apart
 
-_EXTENT = (0.75, 1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0)  # steps from zero to a row's largest weight
-_LIMITS = (1, 2, 4, 7, 13, 25, 49, 97)  # the largest code of each
+# How many steps a row's largest weight lies from zero: from most weights zero to nearly none, and the largest code.
+_EXTENT = (0.25, 0.4, 0.6, 0.85, 1.2, 1.7, 2.5, 3.7, 5.5, 11.0, 24.0, 80.0)
+_LIMITS = (1, 1, 1, 1, 1, 2, 3, 4, 6, 11, 24, 80)
+_ALIKE = (1.0,) * len(_EXTENT)
+_PULLS = (10.0, 9.0, 8.0, 6.0, 4.0, 4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0)  # measured: see `Stepped`
+CHOICES = len(_EXTENT) + 1  # of a row: no code, or a step
 _AT_ONCE = 1 << 23  # values worked on at once, as many weights at as many steps
 
 
@@ -26,12 +31,12 @@ class RateTable:
 
     Args:
         constants: (rows, groups): what each row is where it has no code.
-        codes: int8 (8, rows, columns), at the steps from coarse to fine; 0 is zero.
-        scale: (8, rows, groups): the steps.
+        codes: int8 (12, rows, columns), at the steps from coarse to fine; 0 is zero.
+        scale: (12, rows, groups): the steps.
         group_size: Columns that share a scale.
-        errors: float64 (rows, 9): weighted squared error of each row without a code and at each step.
-        bits: float64 (rows, 9): what its codes take in an entropy code.
-        lost: (rows, 9): mean output that is lost, for a bias to give back; None: without one.
+        errors: float64 (rows, 13): weighted squared error of each row without a code and at each step.
+        bits: float64 (rows, 13): what its codes take in an entropy code.
+        lost: (rows, 13): mean output that is lost, for a bias to give back; None: without one.
         method: What chose the codes.
     """
 
@@ -45,7 +50,7 @@ class RateTable:
     method: str
 
     def take(self, steps: Tensor) -> Coded:
-        """Return the codes of rows at these steps, uint8 (rows,): 0, without a code, to 8, the finest."""
+        """Return the codes of rows at these steps, uint8 (rows,): 0, without a code, to 12, the finest."""
         codes, scale = self._picked(steps)
         widths = _widths(codes)
         none = (widths == 0)[:, None]
@@ -61,7 +66,7 @@ class RateTable:
         return _widths(self._picked(steps)[0])
 
     def prices(self) -> Tensor:
-        """Return the bytes that each row's codes take in an entropy code, float64 (rows, 9)."""
+        """Return the bytes that each row's codes take in an entropy code, float64 (rows, 13)."""
         return self.bits / 8
 
     def shift(self, steps: Tensor) -> Tensor | None:
@@ -87,11 +92,13 @@ def rated_rows(matrix: Tensor, moments: Moments, group_size: int, *, centred: bo
     kept = matrix == 0 if is_pruned(matrix) else None
     first, parts = 0, []
     for g, part in enumerate(matrix.chunk(moments.hessian.shape[0])):
-        hessian = damped_hessian(row_hessian(moments, g, centred))
+        damped = damped_error(believed_hessian(row_hessian(moments, g, centred), moments))
+        hessian, walk = damped.hessian, plan_walk(damped)
         mean = moments.mean[g] if centred else None
         for rows in _runs(part):
             held = None if kept is None else kept[first : first + len(rows)]
-            found = worthy(_start(rows, group_size), rows, hessian, held)
+            start = _walked(_start(rows, group_size, _PULLS), rows, walk)
+            found = worthy(start, rows, hessian, held)
             parts.append(_table(rows, found, hessian, mean))
             first += len(rows)
     return _stacked(parts, "rate")
@@ -111,7 +118,7 @@ def rated_apart(matrix: Tensor, fisher: Tensor, group_size: int) -> RateTable:
         span = slice(first, first + len(rows))
         weight = columns * fisher[span].mean(1, keepdim=True)
         held = None if kept is None else kept[span]
-        found = worthy_apart(_start(rows, group_size), rows, weight, held)
+        found = worthy_apart(_start(rows, group_size, _ALIKE), rows, weight, held)
         parts.append(_table(rows, found, fisher[span].double(), None))
         first += len(rows)
     return _stacked(parts, "rate")
@@ -123,11 +130,21 @@ def _runs(matrix: Tensor) -> Iterator[Tensor]:
     yield from matrix.split(size) if len(matrix) else ()
 
 
-def _start(rows: Tensor, group_size: int) -> Stepped:
+def _start(rows: Tensor, group_size: int, pulls: tuple[float, ...]) -> Stepped:
     """Return the nearest codes of some rows at every step."""
     extent = group(rows, group_size).abs().amax(2)
     scale = torch.cat([extent / steps for steps in _EXTENT])
-    return Stepped.nearest(rows, scale, torch.tensor(_LIMITS), group_size)
+    return Stepped.nearest(rows, scale, torch.tensor(_LIMITS), group_size, torch.tensor(pulls))
+
+
+def _walked(start: Stepped, rows: Tensor, walk: Walk) -> Stepped:
+    """Return the codes that GPTQ finds on the same grids."""
+    tops = start.tops()
+    zero = tops.to(start.scale.dtype).expand_as(start.scale).contiguous()
+    grid = Grid(start.scale, zero, 2 * tops.long(), start.group_size)
+    wide = rows.repeat(len(start.limits), 1)
+    codes = gptq_codes(replace(walk, wanted=wide[:, walk.order]), grid).codes
+    return replace(start, codes=codes.to(start.codes.dtype) - tops)
 
 
 def _table(rows: Tensor, found: Stepped, error: Tensor, mean: Tensor | None) -> RateTable:
@@ -141,7 +158,7 @@ def _table(rows: Tensor, found: Stepped, error: Tensor, mean: Tensor | None) -> 
     """
     steps, count = len(_EXTENT), len(rows)
     narrow = _narrow(found.scale)
-    held = Stepped(found.codes, narrow, found.limits, found.group_size)
+    held = replace(found, scale=narrow)
     constants = _constants(rows, error, found.group_size)
     wide = group(torch.zeros_like(rows), found.group_size) + constants[:, :, None]
     flat = wide.reshape(count, -1)[:, : rows.shape[1]]
@@ -177,7 +194,7 @@ def _constants(rows: Tensor, error: Tensor, group_size: int) -> Tensor:
     middle = torch.where(whole > 0, (held * weight).sum(2) / whole, held.mean(2))
     first = held[:, :, 0]
     constant = (held == held[:, :, :1]).all(2)
-    return _narrow(torch.where(constant, first, middle).float())
+    return torch.where(constant, first.float(), _narrow(middle.float()))
 
 
 def _narrow(scale: Tensor) -> Tensor:

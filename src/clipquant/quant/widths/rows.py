@@ -63,8 +63,10 @@ def solve_rows(
     """Return a weight's codes by GPTQ at several widths; no row is worse than rounded to nearest.
 
     All rows and widths are walked together, since H does not depend on them. A row's error is
-    (w - q) H (w - q)^T, with H of the float network's inputs, damped: the few inputs seen say little
-    of the directions that they leave out. Whether a row is worse is judged without the damping.
+    (w - q) H (w - q)^T, with H of the float network's inputs. The few inputs seen say little of the
+    directions that they leave out: what of H off its diagonal is chance, by how it differs from piece to
+    piece of the data and by columns against samples, is taken off, and H is damped. Whether a row is worse
+    is judged without either.
 
     Args:
         matrix: Floating (rows, columns).
@@ -81,8 +83,9 @@ def solve_rows(
     dtype = _scale_dtype(matrix.float(), widths, group_size)
     tables = []
     for g, part in enumerate(parts):
+        hessian = row_hessian(moments, g, centred)
         problem = _Problem.of(
-            part, row_hessian(moments, g, centred), group_size, dtype, knobs or RowGptq()
+            part, hessian, believed_hessian(hessian, moments), group_size, dtype, knobs or RowGptq()
         )
         tables.append(_solve_part(problem, widths, moments.mean[g] if centred else None))
     return RowTable.stack(tables)
@@ -97,10 +100,19 @@ def row_hessian(moments: Moments, part: int, centred: bool) -> Tensor:
     return (hessian - torch.outer(mean, mean)) * torch.outer(moving, moving)
 
 
-def damped_hessian(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """Return H with its pull towards the float weights."""
+def damped_error(hessian: Tensor, damping: float = DAMPING) -> OutputError:
+    """Return the error of H with its pull towards the float weights, of which none is given."""
     nothing = OutputError(hessian, hessian.new_zeros(1, len(hessian)), hessian.new_zeros(1))
-    return nothing.damped(torch.zeros_like(hessian[:1]), damping).hessian
+    return nothing.damped(torch.zeros_like(hessian[:1]), damping)
+
+
+def believed_hessian(hessian: Tensor, moments: Moments) -> Tensor:
+    """Return H without the share off its diagonal that is chance, as `Gptq` takes it."""
+    columns = len(hessian)
+    chance = max(moments.noise, columns / (columns + moments.count))
+    kept = hessian * (1 - chance)
+    kept.diagonal().copy_(hessian.diagonal())
+    return kept
 
 
 def _scale_dtype(matrix: Tensor, widths: Sequence[int], group_size: int) -> torch.dtype:
@@ -123,9 +135,10 @@ def _drawn_in(matrix: Tensor, width: int, factor: float, group_size: int) -> tup
 
 @dataclass(frozen=True)
 class _Problem:
-    """Rows that share their inputs: weights, H, H damped and factored."""
+    """Rows that share their inputs: weights, H as shown, H as believed, the same damped and factored."""
 
     matrix: Tensor
+    shown: Tensor
     hessian: Tensor
     damped: Tensor
     walk: Walk
@@ -135,11 +148,17 @@ class _Problem:
 
     @classmethod
     def of(
-        cls, matrix: Tensor, hessian: Tensor, group_size: int, dtype: torch.dtype, knobs: RowGptq
+        cls,
+        matrix: Tensor,
+        shown: Tensor,
+        hessian: Tensor,
+        group_size: int,
+        dtype: torch.dtype,
+        knobs: RowGptq,
     ) -> _Problem:
-        nothing = OutputError(hessian, hessian.new_zeros(1, len(hessian)), hessian.new_zeros(1))
-        damped = nothing.damped(matrix[:1] * 0, knobs.damping)
-        return cls(matrix, hessian, damped.hessian, plan_walk(damped), group_size, dtype, knobs)
+        damped = damped_error(hessian, knobs.damping)
+        walk = plan_walk(damped)
+        return cls(matrix, shown, hessian, damped.hessian, walk, group_size, dtype, knobs)
 
     def rows(self, start: int, stop: int) -> _Problem:
         return replace(self, matrix=self.matrix[start:stop])
@@ -164,11 +183,14 @@ class _Rows:
 
     def better(self, other: _Rows) -> _Rows:
         """Return for each row the one of less error."""
-        worse = ~(other.error < self.error)
+        return self.where(~(other.error < self.error), other)
+
+    def where(self, own: Tensor, other: _Rows) -> _Rows:
+        """Return these rows where `own`, (rows,), is true, and the other ones elsewhere."""
         return _Rows(
-            self.coded.where(worse, other.coded),
-            torch.where(worse[:, None], self.slope, other.slope),
-            torch.where(worse, self.error, other.error),
+            self.coded.where(own, other.coded),
+            torch.where(own[:, None], self.slope, other.slope),
+            torch.where(own, self.error, other.error),
         )
 
     def rows(self, start: int, stop: int) -> _Rows:
@@ -204,9 +226,9 @@ def _by_width(problem: _Problem, widths: Sequence[int]) -> Iterator[tuple[int, _
     assert best is not None  # noqa: S101 - there are trials
     solved = _refined(wide, best, problem)
     plain = problem.grid(widths)
-    rounded = _judged(wide, Coded.nearest(wide, plain), problem.hessian)
-    last = rounded.better(_weighted(wide, solved, problem, -1.0))
-    last = _weighted(wide, last, problem, 1.0)
+    rounded = _judged(wide, Coded.nearest(wide, plain), problem.damped)
+    shown = (_errors_of(wide, rows.coded, problem.shown) for rows in (solved, rounded))
+    last = rounded.where(next(shown) > next(shown), solved)
     for i, width in enumerate(widths):
         own = last.rows(i * count, (i + 1) * count)
         grid = replace(own.coded.grid, levels=2**width - 1)
@@ -219,12 +241,9 @@ def _judged(wide: Tensor, coded: Coded, hessian: Tensor) -> _Rows:
     return _Rows(coded, slope, (off * slope).sum(1, dtype=torch.float64))
 
 
-def _weighted(wide: Tensor, found: _Rows, problem: _Problem, sign: float) -> _Rows:
-    """Return the same rows with the damping's share of slope and error added (1) or taken off (-1)."""
-    off = found.coded.values().float().sub_(wide)
-    pull = problem.damped.diagonal() - problem.hessian.diagonal()
-    slope = torch.addcmul(found.slope, off, pull, value=sign)
-    return replace(found, slope=slope, error=(off * slope).sum(1, dtype=torch.float64))
+def _errors_of(wide: Tensor, coded: Coded, hessian: Tensor) -> Tensor:
+    off = coded.values().float().sub_(wide)
+    return (off @ hessian).mul_(off).sum(1, dtype=torch.float64)
 
 
 def _constants(problem: _Problem) -> _Rows:

@@ -14,6 +14,7 @@ from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import Target, is_lookup
 from clipquant.quant.widths.frontier import WIDTHS
 
+PRIOR = 64  # samples that the mean of all rows counts as
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]  # a batch's mean loss, and its samples
 
 
@@ -40,7 +41,7 @@ def squared_gradients(
     Source:
         The diagonal of the empirical Fisher information, LeCun et al. 1990 ("Optimal Brain Damage").
     """
-    sums, _, count = _collected(model, targets, calibration, loss)
+    sums, _, count, _ = _collected(model, targets, calibration, loss)
     return {target.name: total / count for target, total in zip(targets, sums, strict=True)}
 
 
@@ -60,31 +61,32 @@ def believed_gradients(
     Raises:
         ValueError: As `squared_gradients`.
     """
-    sums, squares, count = _collected(model, targets, calibration, loss)
+    sums, squares, count, samples = _collected(model, targets, calibration, loss)
     return {
         target.name: total / count
         if is_lookup(model, target)
-        else believed(total / count, square / count, count)
+        else believed(total / count, square / count, count, samples)
         for target, total, square in zip(targets, sums, squares, strict=True)
     }
 
 
 def _collected(
     model: nn.Module, targets: Sequence[Target], calibration: Calibration, loss: Loss
-) -> tuple[list[Tensor], list[Tensor], int]:
-    """Return the sums of g^2, those of the squares of each row's sum, and how many batches there were."""
+) -> tuple[list[Tensor], list[Tensor], int, int]:
+    """Return the sums of g^2, those of the squares of each row's sum, and how many batches and samples there were."""
     sums = [torch.zeros(t.layout.rows, t.layout.columns) for t in targets]
     squares = [torch.zeros(t.layout.rows, dtype=torch.float64) for t in targets]
     weights = [target.weight for target in targets]
     trained = [weight.requires_grad for weight in weights]
-    count, reached = 0, False
+    count, seen, reached = 0, 0, False
 
     def visit(_number: int, batch: Any) -> None:
-        nonlocal count, reached
+        nonlocal count, seen, reached
         count += 1
         with torch.enable_grad():
             value, samples = loss(model, batch)
             _check_loss(value, count)
+            seen += samples
             slopes = torch.autograd.grad(value, weights, allow_unused=True)
         for total, square, target, slope in zip(sums, squares, targets, slopes, strict=True):
             if slope is not None:
@@ -110,34 +112,59 @@ def _collected(
             "no weight to quantize has a gradient: the loss does not depend on them. Check that the model runs "
             "its layers on the batch and does not detach their outputs."
         )
-    return sums, squares, count
+    return sums, squares, count, seen
 
 
-def believed(fisher: Tensor, square: Tensor, pieces: int) -> Tensor:
+def believed(fisher: Tensor, square: Tensor, pieces: int, samples: int) -> Tensor:
     """Return E[g^2] drawn towards the mean of all rows by the share of the rows' differences that is chance.
 
     A row that the data seen did not ask much of, such as that of a class that they do not show, is
-    not known to matter little.
+    not known to matter little. The share is that by which the pieces' sums differ, and with n samples
+    at least 64 / (64 + n): the mean counts as much as 64 samples do.
 
     Args:
         fisher: (rows, columns): the mean over the pieces of the data.
         square: float64 (rows,): the mean over the pieces of the square of each row's sum.
-        pieces: How many there are; of one alone nothing is known, and the rows stay as they are.
+        pieces: How many there are; one alone does not tell how they differ.
+        samples: How many are in all of them.
 
     Source:
         James and Stein 1961, "Estimation with quadratic loss", with one variance for all rows.
 
     >>> rows = torch.tensor([[4.0], [0.0]])
-    >>> believed(rows, torch.tensor([32.0, 0.0]).double(), 2)  # each seen in one piece of two, or in none
+    >>> believed(rows, torch.tensor([32.0, 0.0]).double(), 2, 2)  # each seen in one piece of two, or in none
     tensor([[2.], [2.]])
     """
     sums = fisher.sum(1, dtype=torch.float64)
     spread = sums.var(correction=1) if len(sums) > 1 else sums.new_zeros(())
-    if pieces < 2 or not spread > 0:
-        return fisher
-    chance = (square - sums.square()).clamp(min=0).mean() / (pieces - 1)
-    share = float((chance / spread).clamp(max=1.0))
+    share = PRIOR / (PRIOR + samples)
+    if pieces > 1 and spread > 0:
+        chance = (square - sums.square()).clamp(min=0).mean() / (pieces - 1)
+        share = max(share, float((chance / spread).clamp(max=1.0)))
     return torch.lerp(fisher, fisher.mean(0, keepdim=True).expand_as(fisher), share)
+
+
+def with_unseen(fisher: Tensor) -> Tensor:
+    """Return E[g^2] of rows that are looked up, each as if it had been looked up once more than it was.
+
+    Of words that a text shows, about half are in it once, so that one look is worth the median of the rows
+    that were seen. One that was not seen is not known to be never needed.
+
+    Args:
+        fisher: (rows, columns), 0 for rows that no batch looks up.
+
+    Source:
+        Laplace's rule of succession, in units of one look; the share of words seen once: Zipf 1935.
+
+    >>> with_unseen(torch.tensor([[4.0], [2.0], [2.0], [0.0]]))[:, 0]
+    tensor([6., 4., 4., 2.])
+    """
+    sums = fisher.sum(1)
+    seen = sums > 0
+    if not seen.any():
+        return fisher
+    profile = fisher[seen].mean(0)
+    return fisher + profile * (sums[seen].median() / profile.sum())
 
 
 def _check_loss(value: Tensor, number: int) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from clipquant.quant.error.output_error import BLOCK
 
 FINEST = 127  # the largest code either side of zero
-_PULL = (
-    2 * math.log(2) / 12
-)  # squared steps that a bit is worth: what it lowers the error by, spent on the step
+_PULL = 2 * math.log(
+    2
+)  # of a weight's share of the error that a bit is worth: a finer step takes off so much
 _SWEEPS = 3  # visits to every column, bits priced anew before each
 _UNSEEN = 0.5  # what a code that no weight has counts
 
@@ -27,18 +27,22 @@ class Stepped:
         scale: (steps * rows, groups): the step.
         limits: (steps,): the largest code either side.
         group_size: Columns that share a scale.
+        pulls: (steps,): how many times its worth a bit counts; more at coarse steps, where most codes are zero.
     """
 
     codes: Tensor
     scale: Tensor
     limits: Tensor
     group_size: int
+    pulls: Tensor
 
     @classmethod
-    def nearest(cls, matrix: Tensor, scale: Tensor, limits: Tensor, group_size: int) -> Stepped:
+    def nearest(
+        cls, matrix: Tensor, scale: Tensor, limits: Tensor, group_size: int, pulls: Tensor
+    ) -> Stepped:
         """Return the codes that are nearest to a (rows, columns) matrix."""
-        wide = matrix.repeat(len(limits), 1)
-        made = cls(wide, scale, limits, group_size)
+        made = cls(matrix.repeat(len(limits), 1), scale, limits, group_size, pulls)
+        wide = made.codes
         step = made.wide()
         codes = torch.where(step > 0, wide / step, 0.0).round_()
         return replace(made, codes=torch.minimum(torch.maximum(codes, -made.tops()), made.tops()))
@@ -96,8 +100,9 @@ def worthy(start: Stepped, matrix: Tensor, hessian: Tensor, kept: Tensor | None)
     held = None if kept is None else kept.repeat(len(start.limits), 1).T
     best = start
     slope = (best.values() - wide) @ hessian
+    error = ((best.values() - wide) * slope).sum(1).clamp(min=0)
     for _ in range(_SWEEPS):
-        best, slope = _swept(best, slope, hessian, held)
+        best, slope = _swept(best, slope, hessian, held, error)
         best, slope = _rescaled(best, slope, goal)
     return best
 
@@ -113,21 +118,25 @@ def worthy_apart(start: Stepped, matrix: Tensor, weight: Tensor, kept: Tensor | 
     """
     times, best = len(start.limits), start
     wide, weight = matrix.repeat(times, 1), weight.repeat(times, 1)
-    step = best.wide()
-    at = torch.where(step > 0, wide / step, 0.0)
-    curve = weight * step.square()
     for _ in range(_SWEEPS):
-        codes = _chosen(at, curve, _worth(best, curve.mean(1)), best)
-        best = replace(
-            best, codes=codes if kept is None else codes.masked_fill(kept.repeat(times, 1), 0.0)
-        )
+        step = best.wide()
+        at = torch.where(step > 0, wide / step, 0.0)
+        curve = weight * step.square()
+        error = ((best.codes - at).square() * curve).sum(1)
+        codes = _chosen(at, curve, _worth(best, error), best)
+        if kept is not None:
+            codes.masked_fill_(kept.repeat(times, 1), 0.0)
+        best = replace(best, codes=codes)
+        if best.scale.shape[1] == 1:
+            best = _at_scale(best, (weight * codes * wide).sum(1), (weight * codes.square()).sum(1))
     return best
 
 
-def _worth(held: Stepped, curve: Tensor) -> Tensor:
+def _worth(held: Stepped, error: Tensor) -> Tensor:
     """Return what each code costs in each row, in its error: (steps * rows, 255)."""
     each = len(held.codes) // len(held.limits)
-    return held.prices().repeat_interleave(each, 0) * (_PULL * curve)[:, None]
+    pull = error * (_PULL / max(held.codes.shape[1], 1)) * held.pulls.repeat_interleave(each)
+    return held.prices().repeat_interleave(each, 0) * pull[:, None]
 
 
 def _chosen(at: Tensor, curve: Tensor, worth: Tensor, held: Stepped) -> Tensor:
@@ -147,7 +156,7 @@ def _chosen(at: Tensor, curve: Tensor, worth: Tensor, held: Stepped) -> Tensor:
 
 
 def _swept(
-    held: Stepped, slope: Tensor, hessian: Tensor, kept: Tensor | None
+    held: Stepped, slope: Tensor, hessian: Tensor, kept: Tensor | None, error: Tensor
 ) -> tuple[Stepped, Tensor]:
     """Return the codes after one visit to every column, each at its best given all others, and H (q - w)."""
     rows, columns = held.codes.shape
@@ -157,7 +166,7 @@ def _swept(
     curve = diagonal[:, None] * scale
     rate = torch.where(curve > 0, 1 / curve, 0.0)
     curve = curve * scale
-    worth = _worth(held, curve.mean(0)).flatten()
+    worth = _worth(held, error).flatten()
     first = torch.arange(rows) * (2 * FINEST + 1) + FINEST
     zero = worth[first]
     for start in range(0, columns, BLOCK):
@@ -187,8 +196,13 @@ def _rescaled(held: Stepped, slope: Tensor, goal: Tensor) -> tuple[Stepped, Tens
         return held, slope
     step = torch.where(held.scale > 0, held.scale, 1.0)
     product = (slope + goal) / step  # q H
-    curve = (held.codes * product).sum(1, True, dtype=torch.float64)
-    found = (held.codes * goal).sum(1, True, dtype=torch.float64) / curve
-    good = (curve > 0) & (found > 0) & torch.isfinite(found)
-    scale = torch.where(good, found, held.scale.double()).to(held.scale.dtype)
-    return replace(held, scale=scale), product.mul_(scale).sub_(goal)
+    curve = (held.codes * product).sum(1, dtype=torch.float64)
+    moved = _at_scale(held, (held.codes * goal).sum(1, dtype=torch.float64), curve)
+    return moved, product.mul_(moved.scale).sub_(goal)
+
+
+def _at_scale(held: Stepped, gain: Tensor, curve: Tensor) -> Stepped:
+    """Return rows at the scale of least error, `gain / curve`, where that is one."""
+    found = (gain / curve)[:, None]
+    good = (gain > 0)[:, None] & (curve > 0)[:, None] & torch.isfinite(found)
+    return replace(held, scale=torch.where(good, found.to(held.scale.dtype), held.scale))

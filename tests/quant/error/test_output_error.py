@@ -15,7 +15,8 @@ from clipquant.quant.error.walk import gptq_codes, plan_walk, walk_all
 from clipquant.quant.methods.gptq import output_error_of
 from clipquant.quant.network.calibration import Calibration
 from clipquant.quant.network.layers import select
-from clipquant.quant.network.moments import add_lower_, mirror_, observe
+from clipquant.quant.network.moments import observe
+from clipquant.quant.network.sums import add_lower_, mirror_
 from clipquant.quant.network.twin import Twin
 
 ROWS, COLUMNS, SAMPLES = 6, 300, 40
