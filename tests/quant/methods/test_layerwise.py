@@ -12,11 +12,13 @@ from clipquant.quant.codes.ranges import minmax_grid, plain_rounding
 from clipquant.quant.codes.spec import QuantSpec
 from clipquant.quant.codes.tensor import dequantize
 from clipquant.quant.error.walk import gptq_codes, plan_walk
+from clipquant.quant.methods import layerwise
 from clipquant.quant.methods.gptq import Gptq, output_error_of
 from clipquant.quant.methods.layerwise import Layer
 from clipquant.quant.network.calibration import Calibration, calibration_data
 from clipquant.quant.network.layers import select
 from clipquant.quant.network.moments import observe
+from clipquant.quant.network.replay import Replay
 from clipquant.quant.network.twin import Twin
 from clipquant.quant.quantize import quantize_weights
 from clipquant.quant.recipe import Recipe
@@ -277,3 +279,34 @@ def test_layers_whose_inputs_are_constant_are_no_obstacle(asked, scale):
         with torch.no_grad():
             off = made.apply_to(Shares(seed))(x) - model(x)
         assert float(off.abs().max()) < 0.2 * float(model(x).std()) + 0.02 * scale
+
+
+class Residual(nn.Module):
+    def __init__(self, width=24):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width)
+            )
+            for _ in range(4)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_layers_fitted_in_one_pass_do_not_make_up_for_the_same_errors_twice(monkeypatch):
+    torch.manual_seed(0)
+    net, data = Residual().eval(), [torch.randn(48, 24) @ torch.randn(24, 24) for _ in range(6)]
+
+    def error(method):
+        found = quantize_weights(net, Recipe(3, None, None, "channel", method), Calibration(data))
+        return output_error(net, found, data)
+
+    plain, one_by_one = error("mse"), error("gptq")
+    monkeypatch.setattr(layerwise, "parts_of", lambda *_: Replay([], {}))
+    monkeypatch.setattr(layerwise, "MOST_PASSES", 2)
+    together = error("gptq")
+    assert one_by_one < together < plain

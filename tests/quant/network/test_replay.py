@@ -127,7 +127,7 @@ def test_codes_are_those_of_whole_passes(make, monkeypatch):
     assert not any("forward" in vars(part) for part in net.modules())
 
 
-@pytest.mark.parametrize("depth", [12, 24, 48])
+@pytest.mark.parametrize("depth", [12, 48])
 def test_a_layer_is_called_as_often_however_deep_the_network_is(depth, monkeypatch):
     torch.manual_seed(0)
     net = Transformer(depth).eval()

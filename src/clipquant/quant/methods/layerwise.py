@@ -86,6 +86,7 @@ class _Run:
         self.methods: dict[str, str] = {}
         self.biases: dict[str, Tensor] = {}
         self.notes: dict[str, tuple[str, ...]] = {}
+        self.alone: set[str] = set()
 
     def solve(self) -> Found:
         problem, calibration = self.problem, self.problem.data
@@ -98,7 +99,7 @@ class _Run:
         names = [[target.name for target in group] for group in steps]
         replay = parts_of(problem.model, calibration, names)
         if not replay.parts:
-            steps = _merged(steps)
+            steps = self._merged(steps)
         replay.settle_([name for name in own if name not in seen])
         whole = len(steps) + len(again)
         for number, group in enumerate([*steps, *again]):
@@ -111,10 +112,22 @@ class _Run:
             replay.settle_([target.name for target in group])
         return Found(self.codes, self.methods, self.biases, self.notes)
 
+    def _merged(self, steps: list[list[Target]]) -> list[list[Target]]:
+        """Return the steps with neighbours in one pass, of which the first alone makes up for what came before.
+
+        All of them meet the same errors; made up for by each, they would be made up for several times.
+        """
+        merged = _merged(steps)
+        heads = {target.name for step in steps[:: _at_once(steps)] for target in step}
+        self.alone = {target.name for step in merged for target in step} - heads
+        return merged
+
     def _observed(self, group: list[Target], replay: Replay) -> dict[str, Moments]:
         """Return the moments of some weights; what goes wrong in a replay is done again without."""
         twins = self.exact, self.rounded
-        observed = partial(observe, twins, group, self.problem.data, hold_apart=True, few=True)
+        observed = partial(
+            observe, twins, group, self.problem.data, hold_apart=True, few=True, alone=self.alone
+        )
         if replay.parts:
             try:
                 return observed(replay=replay)
@@ -190,8 +203,12 @@ def _steps(
 
 def _merged(groups: list[list[Target]]) -> list[list[Target]]:
     """Return the groups with so many neighbours together that all take no more than `MOST_PASSES`."""
-    size = max(-(-len(groups) // MOST_PASSES), 1)
+    size = _at_once(groups)
     return [list(chain(*groups[i : i + size])) for i in range(0, len(groups), size)]
+
+
+def _at_once(groups: list[list[Target]]) -> int:
+    return max(-(-len(groups) // MOST_PASSES), 1)
 
 
 def _why_free(model: nn.Module, target: Target) -> str:

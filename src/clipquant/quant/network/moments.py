@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -65,6 +65,7 @@ def observe(
     few: bool = False,
     replay: Replay | None = None,
     sums_on: torch.device | None = None,
+    alone: Container[str] = (),
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of some weights over all batches and all their uses.
 
@@ -78,6 +79,8 @@ def observe(
             where there are too few of them the last samples of each.
         few: Whether inputs that are few for their columns may be given in place of their moments.
         replay: What need not be run again.
+        alone: Names of weights whose wanted outputs are those for the quantized network's inputs: what these
+            are off by is made up for elsewhere.
         sums_on: Where moments are added up; None: where the inputs are.
 
     Returns:
@@ -94,7 +97,8 @@ def observe(
     def visit(number: int, batch: Any) -> None:
         floats, others = inputs_met(twins, places, batch, calibration, number, checks, replay)
         for name, inputs in others.items():
-            pairs = list(zip(inputs, floats.get(name, ()), strict=False))
+            wanted = inputs if name in alone else floats.get(name, ())
+            pairs = list(zip(inputs, wanted, strict=False))
             met = sum(positions_of(place, x) for (place, x), _ in pairs)
             for (place, x), (_, f) in pairs:
                 for a, b in zip(patches(place, x), patches(place, f), strict=True):
