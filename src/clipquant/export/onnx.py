@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from clipquant.export.parts.onnx_graph import (
     to_ir,
 )
 from clipquant.export.parts.onnx_weights import emit_weight, stored_weight, stored_width
+from clipquant.export.parts.precision import without_bfloat16
 from clipquant.export.parts.record import ExportRecord
 from clipquant.export.parts.sessions import feeds, open_any, open_calls
 from clipquant.export.parts.subject import Subject
@@ -54,8 +55,10 @@ class Onnx(Format):
     extra = EXTRA
 
     def write(self, subject: Subject, path: str | Path) -> ExportRecord:
+        subject, notes = without_bfloat16(subject)
         model, example = subject.call()
-        return export_onnx(model, subject.weights, example, path, opset=self.opset)
+        record = export_onnx(model, subject.weights, example, path, opset=self.opset)
+        return replace(record, notes=(*notes, *record.notes))
 
     def open(self, path: str | Path, threads: int | None = None) -> Calls:
         return open_calls(path, threads)

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 
 from clipquant.export.example import Example, ExportError, largest_difference, reason
@@ -29,12 +28,8 @@ from clipquant.export.parts.onnx_graph import (
     tensors_only,
     to_ir,
 )
-from clipquant.export.parts.qdq import (
-    CALIBRATION,
-    QdqFile,
-    activation_ranges,
-    quantize_qdq,
-)
+from clipquant.export.parts.precision import cast, in_float32
+from clipquant.export.parts.qdq import CALIBRATION, QdqFile, activation_ranges, quantize_qdq
 from clipquant.export.parts.record import ExportRecord, Timing
 from clipquant.export.parts.sessions import feeds, open_any, open_calls, runner
 from clipquant.export.parts.subject import Judge, Judgement, Subject
@@ -123,9 +118,9 @@ def export_onnx_int8(
             "onnx-int8 needs calibration data for the ranges of activations; got none."
         )
     plain = dequantized_copy(model, weights)
-    wide = _in_float32(plain)
+    wide = in_float32(plain)
     if wide:
-        example, calibration = _cast(example), [_cast(batch) for batch in calibration]
+        example, calibration = cast(example), [cast(batch) for batch in calibration]
     outputs = example.run(plain)
     captured = capture(tensors_only(plain, outputs), example)
     with TemporaryDirectory() as folder:
@@ -174,22 +169,6 @@ def export_onnx_int8(
         chosen.judgement.metrics,
         timings,
     )
-
-
-def _in_float32(model: nn.Module) -> tuple[str, ...]:
-    """Turn a model of another precision into float32, in place; return a note that says so."""
-    kinds = {
-        t.dtype for t in model.state_dict().values() if getattr(t, "is_floating_point", bool)()
-    }
-    if kinds <= {torch.float32}:
-        return ()
-    model.float()
-    names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32}))
-    return (f"the model's {names} became float32: so are the file's inputs and outputs",)
-
-
-def _cast(example: Example) -> Example:
-    return example.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
 def _float_model(captured: Capture, names: list[str]) -> bytes:

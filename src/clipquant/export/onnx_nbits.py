@@ -18,6 +18,7 @@ from clipquant.export.parts.distance import relative_error
 from clipquant.export.parts.format import Calls, Format
 from clipquant.export.parts.onnx_graph import EXTRA, PACKAGES, dequantized_copy, require_onnx
 from clipquant.export.parts.onnx_weights import Emitter
+from clipquant.export.parts.precision import without_bfloat16
 from clipquant.export.parts.record import ExportRecord, Timing
 from clipquant.export.parts.sessions import feeds, open_any, open_calls, runner
 from clipquant.export.parts.subject import Judgement, Subject
@@ -61,6 +62,7 @@ class OnnxNbits(Format):
         fractional of a zero is taken off after the product, exactly. All others stay as in `base`.
         """
         require_onnx()
+        subject, wide = without_bfloat16(subject)
         model, example = subject.call()
         with TemporaryDirectory() as folder:
             record = self.base.write(subject, Path(folder) / "base.onnx")
@@ -97,7 +99,7 @@ class OnnxNbits(Format):
             str(path),
             len(data),
             largest_difference(outputs, actual),
-            (*record.notes, *notes, *([warned] if slower else [])),
+            (*wide, *record.notes, *notes, *([warned] if slower else [])),
             judgement.metrics,
             timings,
         )
