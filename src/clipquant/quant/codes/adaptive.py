@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -92,10 +94,10 @@ class Surroundings:
 
     Args:
         lines: How the matrix falls into lines.
-        middle: Twice the code of zero, of each row (rows, 1) or each column (1, columns).
+        middle: Twice the code of zero, of each row (rows, 1), column (1, columns) or code (rows, columns).
     """
 
-    def __init__(self, lines: Lines, middle: Ints) -> None:
+    def __init__(self, lines: Lines, middle: NDArray[Any]) -> None:
         self._lines, self._middle = lines, middle
         self._rows = np.zeros(lines.rows, np.int64)
         self._near = np.full(lines.across, 256, np.int64)

@@ -152,10 +152,10 @@ def _walk(end: _End, matrix: Codes, grid: Grid, bits: int | Tensor, way: int) ->
         return
     for index, levels in _by_width(grid, bits, len(matrix)):
         coding = _Coding(end, CLASSES if way in (_ALONG, _ACROSS) else 1, levels + 1)
-        middle = _middle(grid, levels, index) * (way != _PLAIN)
         for start in range(0, len(index), _ROWS):
             rows = index[start : start + _ROWS]
-            part, own = matrix[rows], middle[start : start + _ROWS, None]
+            part = matrix[rows]
+            own = _middle(grid, levels, rows, part.shape[1]) * (way != _PLAIN)
             if way == _ACROSS:
                 matrix[rows] = _coded(coding, np.ascontiguousarray(part.T), own.T).T
             else:
@@ -174,14 +174,13 @@ def _by_width(grid: Grid, bits: int | Tensor, rows: int) -> Iterator[tuple[Ints,
             yield index, (1 << width) - 1
 
 
-def _middle(grid: Grid, levels: int, index: Ints) -> Ints:
-    """Return twice the code of zero of some rows, rounded."""
+def _middle(grid: Grid, levels: int, index: Ints, columns: int) -> NDArray[Any]:
+    """Return twice the code of zero, rounded: of some rows (rows, 1), or of each weight where groups differ."""
     if grid.zero is None:
-        return np.full(len(index), 2 * int(symmetric_zero(levels)), np.int64)
-    zero = grid.zero[:, :1].double() if grid.zero.shape[1] else grid.zero.new_zeros(len(index), 1)
-    twice = (2 * zero).clamp(0, 2 * levels).round().to(torch.int64)[:, 0].cpu().numpy()
-    found: Ints = twice[index] if len(twice) > 1 else np.full(len(index), twice[0])
-    return found
+        return np.full((len(index), 1), 2 * int(symmetric_zero(levels)), np.int16)
+    twice = (2 * grid.zero.double()).clamp(0, 2 * levels).round().to(torch.int16).cpu().numpy()
+    found = twice[index] if len(twice) > 1 else np.repeat(twice, len(index), 0)
+    return found if found.shape[1] < 2 else np.repeat(found, grid.group_size, 1)[:, :columns]
 
 
 class _Coding:
@@ -224,7 +223,7 @@ class _Coding:
         return self._end.code(run, self._models[index])
 
 
-def _coded(coding: _Coding, matrix: Codes, middle: Ints) -> Codes:
+def _coded(coding: _Coding, matrix: Codes, middle: NDArray[Any]) -> Codes:
     """Return a matrix that has gone through an end of a stream, line by line.
 
     What is coded of a code is how far it lies behind half of `middle`, that of zero, round the alphabet's end: so rows
