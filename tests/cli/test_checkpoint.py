@@ -4,8 +4,12 @@ import logging
 from contextlib import contextmanager
 
 import pytest
+import torch
+from lightning.pytorch import Trainer
 
+from clipquant import TwoConvNet, load_quantized
 from clipquant.cli import main
+from clipquant.reference import RandomDigit
 
 CONFIG = """seed_everything: 0
 trainer:
@@ -81,3 +85,16 @@ def test_the_file_is_the_one_of_the_fits_end_and_nothing_is_trained(tmp_path, co
 def test_what_is_missing_is_told_in_one_line(config, capsys, callbacks, given, words):
     assert main(["quantize", "--config", config(callbacks), *given]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_a_fit_in_python_is_taken_too(tmp_path, config):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False, **quiet)
+    trainer.fit(TwoConvNet(), RandomDigit(steps=1))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    path = config("{class_path: QuantizeOnFitEnd, init_args: {bits: 8}}")
+    assert main(["quantize", "--config", path, "--ckpt_path", str(tmp_path / "own.ckpt")]) == 0
+    (made,) = tmp_path.rglob("model.safetensors")
+    state = load_quantized(made)
+    assert torch.allclose(state["fc2.bias"], trainer.model.fc2.bias)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ class CheckpointTrainer(Trainer):
 
 class CheckpointCLI(LightningCLI):
     """Lightning's command line with the command `quantize`."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Take hyperparameters from a checkpoint that names its class; else the configuration's stand.
+
+        A fit in Python writes its module's arguments without the class, which Lightning's parser refuses.
+        """
+        with suppress(argparse.ArgumentError):
+            super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the Trainer; an option that it refuses is the user's to change."""

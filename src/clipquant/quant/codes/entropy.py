@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipquant.errors import MissingPackageError, how_to_install
+from clipquant.errors import ArgumentError, MissingPackageError, how_to_install
 from clipquant.quant.codes.adaptive import CLASSES, Frequencies, Surroundings
 from clipquant.quant.codes.grid import Grid, symmetric_zero
 from clipquant.quant.codes.lines import Codes, Ints, Lines
@@ -29,7 +29,7 @@ _WAYS = (_PLAIN, _ALONG, _ACROSS, _ALONE)
 _Run: TypeAlias = NDArray[np.int32]
 
 
-class StreamError(ValueError):
+class StreamError(ArgumentError):
     """Bytes that no codes gave."""
 
 
