@@ -18,8 +18,9 @@ from clipquant.stored import (
 FULL = StoredReport(
     {"acc": 0.9, "loss": None}, {"acc": 0.8}, "acc", "max", -7, "16 batches", {"python": "3.11"},
     {"w": StoredLayer(20.5, None, "note", StoredBars(-1.0, 2.0, (0, 63, 5))), "v": StoredLayer()},
-    StoredBudget(0.1, 3000, "missed", (StoredTrial(0, 0.8, "rows", True), StoredTrial(9, None, "uniform", False))),
-    ("exporting failed",),
+    StoredBudget(0.1, 3000, "missed", (StoredTrial(0, 0.8, "rows", True, 0.01), StoredTrial(9, None, "uniform", False)),
+                 0.95, 0.97, "one batch"),
+    ("exporting failed",), 0.01,
 )  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def test_version_1_has_the_layers_in_the_report():
     [
         {"monitor": 3}, {"seed": "7"}, {"seed": True}, {"calibration": None}, {"environment": {"a": 1}},
         {"failures": "a"},
+        {"drop_error": "a"}, {"budget": {"sure": "a"}}, {"budget": {"errors": [1]}}, {"budget": {"unsure": 1}},
         {"budget": 3}, {"budget": {"max_drop": "a"}}, {"budget": {"max_size": 1.5}}, {"budget": {"failure": 1}},
         {"layers": {"w": ["a", None, ""]}}, {"layers": {"w": [1, None, None]}}, {"metrics": [{}]},
     ],

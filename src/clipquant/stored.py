@@ -72,26 +72,26 @@ class StoredReport:
         after: Those of the quantized model.
         monitor: The metric that judges.
         mode: "min" or "max".
-        drop_error: Standard error of that metric's drop; None: not known.
         seed: The run's.
         calibration: Which data the quantizer saw.
         environment: Versions and machine.
         layers: Name of a weight -> its figures.
         budget: What was asked and found.
         failures: What could not be done when the fit ended.
+        drop_error: Standard error of the monitored metric's drop; None: not known.
     """
 
     before: Mapping[str, float | None] = field(default_factory=dict)
     after: Mapping[str, float | None] = field(default_factory=dict)
     monitor: str | None = None
     mode: str | None = None
-    drop_error: float | None = None
     seed: int | None = None
     calibration: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, StoredLayer] = field(default_factory=dict)
     budget: StoredBudget | None = None
     failures: tuple[str, ...] = ()
+    drop_error: float | None = None
 
 
 def write_stored(report: StoredReport) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_a_hook_that_raises_after_training_loses_nothing(
     assert all("Injected" in said for said in callback.report.failures)
 
 
-@pytest.mark.parametrize("step", ["judge", "find_batches", "export_files",
+@pytest.mark.parametrize("step", ["judge_parts", "find_batches", "export_files",
                                   "write_report", "log_report", "print_summary"])  # fmt: skip
 def test_a_step_of_ours_that_raises_is_told_and_the_rest_goes_on(
     step: str, tmp_path: Any, monkeypatch: Any
