@@ -92,7 +92,7 @@ REFUSED = {
     "a coding that is true": (coded(bytes(5), coding=True), "tensors.w.coding must be left out"),
     "a stream without a head": (coded(bytes(4)), "w.q must be a stream of .* its head is none"),
     "a stream of no bytes": (coded(b""), "w.q must be a stream of .* its head is none"),
-    "a stream of an unknown kind": (coded(bytes(4) + b"\3"), "w.q must be a stream of .* its head is none"),
+    "a stream of an unknown kind": (coded(bytes(4) + b"\4"), "w.q must be a stream of .* its head is none"),
     "a stream of half a word": (coded(bytes(7)), "w.q must be a stream of .* its head is none"),
     "a stream of noise": (coded(bytes(5) + b"\x5a\xc3\x11\x99" * 9), "w.q must be a stream of .* behind its last code"),
     "a stream of other codes": (coded(bytes(9)), "w.q must be a stream of .* differ from their checksum"),

@@ -85,3 +85,43 @@ def test_one_tensor_counts_as_a_list_of_one(count: int) -> None:
             nn.utils.clip_grad_norm_(expected, 1.0)
         for ours, theirs in zip(params, expected, strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def timm_agc(params: list[nn.Parameter], clip_factor: float, eps: float, norm_type: float) -> None:
+    """Clip as timm's adaptive_clip_grad does, in its own words."""
+
+    def unitwise_norm(x: Tensor) -> Tensor:
+        if x.ndim <= 1:
+            return x.norm(norm_type)
+        return x.norm(norm_type, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+    for param in params:
+        if param.grad is None:
+            continue
+        limit = unitwise_norm(param.detach()).clamp_(min=eps).mul_(clip_factor)
+        norm = unitwise_norm(param.grad.detach())
+        clipped = param.grad.detach() * (limit / norm.clamp(min=1e-6))
+        param.grad.detach().copy_(torch.where(norm < limit, param.grad.detach(), clipped))
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_timms_three_modes_of_one_dispatch(mode: str, scale: float) -> None:
+    # timm: dispatch_clip_grad(parameters, value, mode): a convolution, a matrix, a vector, a scalar, one without grad.
+    torch.manual_seed(0)
+    shapes = [(4, 3, 3, 3), (5, 6), (7,), (), (2, 2)]
+    grads = [scale * torch.randn(shape) for shape in shapes]
+    ours, theirs = params_of(grads), params_of(grads)
+    ours[-1].grad = theirs[-1].grad = None
+    if mode == "norm":
+        clip_gradients_(ours, Norm(0.05))
+        nn.utils.clip_grad_norm_(theirs, 0.05, norm_type=2.0)
+    elif mode == "value":
+        clip_gradients_(ours, Value(0.05))
+        nn.utils.clip_grad_value_(theirs, 0.05)
+    else:
+        clip_gradients_(ours, AGC(0.05, eps=1e-3))
+        timm_agc(theirs, 0.05, 1e-3, 2.0)
+    for a, b in zip(ours[:-1], theirs[:-1], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-9)
+    assert ours[-1].grad is None

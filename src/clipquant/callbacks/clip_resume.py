@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from clipquant.clip.assign import Assignment
 from clipquant.clip.progress import Progress
 from clipquant.clip.rule import Rule, State
 
@@ -35,6 +36,14 @@ class Resume:
         self.seen = set()
         same = self._module is not None and self._module() is pl_module
         return self.loaded or (same and trainer.global_step > 0)
+
+    def begun(self, index: int, progress: dict[int, Progress], assignment: Assignment) -> Progress:
+        """Return the progress of an optimizer, without states that its rules cannot go on from at its first step."""
+        own = progress.setdefault(index, Progress())
+        if index not in self.seen:
+            self.seen.add(index)
+            own = progress[index] = own.fitting(assignment, rank_zero_warn)
+        return own
 
     def end(self, pl_module: pl.LightningModule) -> None:
         """Remember which module was fitted."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from clipquant.callbacks.clip_attached import Attached
@@ -187,7 +186,8 @@ class GradientClipCallback(Callback):
         self._progress[index] = progress.settled() if logs else progress
         streak = self._progress[index].streak
         check_streak(streak, self.max_consecutive_skips, self.on_nonfinite, scaler_of(trainer))
-        self._log(trainer, pl_module, index, record)
+        if logs:
+            self._log(trainer, pl_module, index, record)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where training ran and steps were taken that the callback never saw."""
@@ -246,11 +246,7 @@ class GradientClipCallback(Callback):
         factor = 1.0
         if scaler is not None:
             factor = self._unscaling.factor(scaler, optimizer, folds_scaled)
-        progress = self._progress.get(index, Progress())
-        if index not in self._resume.seen:
-            self._resume.seen.add(index)
-            progress = progress.fitting(assignment, rank_zero_warn)
-        self._progress[index] = progress
+        progress = self._resume.begun(index, self._progress, assignment)
         # A fused step writes the gradients back, so that nothing could be measured after it.
         later = not (supports_scaling(optimizer) or logs_now(trainer))
         divides = factor != 1.0 and not folds_scaled
@@ -290,8 +286,6 @@ class GradientClipCallback(Callback):
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, record: ClipRecord
     ) -> None:
-        if self.log_mode is False or not logs_now(trainer):
-            return
         suffix = own_name(self, callbacks_of(trainer))
         suffix += f"/optimizer_{index}" if len(trainer.optimizers) > 1 else ""
         groups = group_names(self._attached[index].optimizer.param_groups)

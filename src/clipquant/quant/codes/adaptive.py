@@ -114,10 +114,7 @@ class Surroundings:
 
     def add_(self, line: int, codes: Codes) -> None:
         """Take in the codes of a line, (rows, width)."""
-        width = codes.shape[1]
-        middle = self._middle
-        if middle.shape[1] > 1:
-            middle = middle[:, line :: self._lines.count]
+        width, middle = codes.shape[1], self._lines.of(self._middle, line)
         distance = np.abs(2 * codes.astype(np.int32) - middle.astype(np.int32))
         self._rows += distance.sum(1)
         self._columns += width

@@ -23,10 +23,9 @@ LIBRARY, EXTRA = (
 )  # what has the range coder, and what of this package brings it
 HEAD = 5  # bytes before the coder's words: a checksum of the codes, and how they are foretold
 _ROWS = 1 << 16  # of a matrix that are coded together: what is kept of each takes little memory
-_ALONE, _ALONG, _ACROSS = range(
-    3
-)  # all codes alike; line by line along the rows; along the columns
-_WAYS = (_ALONE, _ALONG, _ACROSS)
+# All codes alike, as they are or from each row's zero on; by classes, from each row's zero on, along rows or columns.
+_PLAIN, _ALONG, _ACROSS, _ALONE = range(4)
+_WAYS = (_PLAIN, _ALONG, _ACROSS, _ALONE)
 _Run: TypeAlias = NDArray[np.int32]
 
 
@@ -83,11 +82,11 @@ def coder_library() -> Any:
 def encode(codes: Tensor, grid: Grid, bits: int | Tensor) -> Tensor:
     """Return a weight's codes as a stream, the shortest of those that foretell them in different ways.
 
-    A stream is a CRC-32 of the codes (4 bytes, little endian), the way in which they are foretold (a byte: 0,
-    all alike; 1, by classes, the lines along the rows; 2, by classes, along the columns), and the 32-bit words of a
-    range coder, little endian. Rows of one width follow those of a smaller one, each with an alphabet and frequencies
-    of their own; see `Lines`, `Surroundings` and `Frequencies`. The codes of rows of 0 bits are all zero and cost
-    nothing.
+    A stream is a CRC-32 of the codes (4 bytes, little endian), the way in which they are foretold (a byte: 0, all
+    alike; 1, by classes, line by line along the rows; 2, so along the columns; 3, all alike; 1 to 3 from each row's
+    code of zero on, round the alphabet's end), and the 32-bit words of a range coder, little endian. Rows of one
+    width follow those of a smaller one, each with an alphabet and frequencies of their own; see `Lines`,
+    `Surroundings` and `Frequencies`. The codes of rows of 0 bits are all zero and cost nothing.
 
     Args:
         codes: uint8 (rows, columns).
@@ -152,15 +151,15 @@ def _walk(end: _End, matrix: Codes, grid: Grid, bits: int | Tensor, way: int) ->
     if not matrix.size:
         return
     for index, levels in _by_width(grid, bits, len(matrix)):
-        frequencies = _Coding(end, CLASSES if way else 1, levels + 1)
-        middle = _middle(grid, levels, index)
+        coding = _Coding(end, CLASSES if way in (_ALONG, _ACROSS) else 1, levels + 1)
+        middle = _middle(grid, levels, index) * (way != _PLAIN)
         for start in range(0, len(index), _ROWS):
             rows = index[start : start + _ROWS]
             part, own = matrix[rows], middle[start : start + _ROWS, None]
             if way == _ACROSS:
-                matrix[rows] = _coded(frequencies, np.ascontiguousarray(part.T), own.T).T
+                matrix[rows] = _coded(coding, np.ascontiguousarray(part.T), own.T).T
             else:
-                matrix[rows] = _coded(frequencies, part, own if way else None)
+                matrix[rows] = _coded(coding, part, own)
 
 
 def _by_width(grid: Grid, bits: int | Tensor, rows: int) -> Iterator[tuple[Ints, int]]:
@@ -189,6 +188,7 @@ class _Coding:
     """Codes of one alphabet through an end of a stream, each by what is foretold of its class."""
 
     def __init__(self, end: _End, classes: int, alphabet: int) -> None:
+        self.classes, self.alphabet = classes, alphabet
         self._end, self._frequencies = end, Frequencies(classes, alphabet)
         self._make = coder_library().stream.model.Categorical
         self._models: dict[int, Any] = {}
@@ -224,16 +224,25 @@ class _Coding:
         return self._end.code(run, self._models[index])
 
 
-def _coded(coding: _Coding, matrix: Codes, middle: Ints | None) -> Codes:
-    """Return a matrix that has gone through an end of a stream, line by line."""
-    lines = Lines(*matrix.shape)
+def _coded(coding: _Coding, matrix: Codes, middle: Ints) -> Codes:
+    """Return a matrix that has gone through an end of a stream, line by line.
+
+    What is coded of a code is how far it lies behind half of `middle`, that of zero, round the alphabet's end: so rows
+    whose zeros are different codes are alike.
+    """
+    lines, alphabet = Lines(*matrix.shape), coding.alphabet
     held = lines.split(matrix)
-    around = None if middle is None else Surroundings(lines, middle)
+    around = Surroundings(lines, middle) if coding.classes > 1 else None
     for line in range(lines.count):
         codes = held[line, :, : lines.width(line)]
-        run = codes.astype(np.int32).reshape(-1)
+        zero = (lines.of(middle, line) >> 1).astype(np.int32)
+        behind = codes - zero
+        behind[behind < 0] += alphabet
+        run = behind.reshape(-1)
         coding.line_(run, None if around is None else around.classes(line).reshape(-1))
-        codes[:] = run.reshape(codes.shape)
+        found = run.reshape(codes.shape) + zero
+        found[found >= alphabet] -= alphabet
+        codes[:] = found
         if around is not None:
             around.add_(line, codes)
     return lines.join(held)

@@ -50,6 +50,10 @@ class Lines:
         """Return the columns of one line."""
         return -(-(self.columns - line) // self.count)
 
+    def of(self, each: Ints, line: int) -> Ints:
+        """Return the part of one line of what each row (rows, 1) or each column (1, columns) has."""
+        return each if each.shape[0] > 1 or each.shape[1] == 1 else each[:, line :: self.count]
+
     def split(self, matrix: Codes) -> Codes:
         """Return a matrix as (lines, rows, across), what the last lines lack filled with zeros.
 
