@@ -439,6 +439,20 @@ def test_a_collapse_is_an_error_and_leaves_no_file(model, tmp_path, monkeypatch)
     )  # judged well by the metric itself
 
 
+def test_activations_that_are_cut_above_stay_cut(tmp_path):
+    """Codes that end beyond a ReLU6's 6 must not let larger values through."""
+    model = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False), nn.ReLU6(), nn.Conv1d(1, 1, 1)).eval()
+    for layer in (model[0], model[2]):
+        nn.init.ones_(layer.weight)
+    call = Example((torch.linspace(-10, 10, 32).reshape(4, 1, 8),))
+    record = export_onnx_int8(
+        model, quantize_weights(model, Recipe(8)), call, tmp_path / "a.onnx", calibration=[call]
+    )
+    assert record.difference <= 0.2
+    kinds = [node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node]
+    assert "QuantizeLinear" in kinds
+
+
 def test_what_is_no_tensor_among_outputs_comes_back_from_the_runner(tmp_path):
     class Counts(nn.Module):
         def __init__(self):

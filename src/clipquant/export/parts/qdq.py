@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,9 +127,10 @@ def quantize_qdq(
 
     graph = onnx.load(source).graph
     scales, kept = held_scales(graph, weights)
-    fixed = _fixed_ranges(activations.ranges) | scales
+    clips = dict(_clips(graph))
+    fixed = _fixed_ranges(_clipped(graph, clips, activations.ranges)) | scales
     nodes = list(_weighted(graph)) if weighted_only else None
-    endless = set(_endless_nodes(graph, activations.endless))
+    endless = set(_endless_nodes(graph, activations.endless)) | clips.keys()
     method = activations.method
     try:
         data = _quantize_static(source, activations.fed, fixed, nodes, endless)
@@ -203,6 +205,32 @@ def _endless_nodes(graph: onnx.GraphProto, endless: frozenset[str]) -> Iterator[
     for node in graph.node:
         if bad.intersection(node.input) or bad.intersection(node.output):
             yield node.name
+
+
+def _clips(graph: onnx.GraphProto) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield the name of each Clip with an upper end, and the names of what it reads and writes.
+
+    onnxruntime would drop it and let codes end at its ends; but ours go on beyond it, so it stays, in float.
+    """
+    for node in graph.node:
+        if node.op_type == "Clip" and len(node.input) > 2 and node.input[2]:
+            yield node.name, (node.input[0], node.output[0])
+
+
+def _clipped(
+    graph: onnx.GraphProto,
+    clips: Mapping[str, tuple[str, str]],
+    ranges: Mapping[str, tuple[float, float]],
+) -> dict[str, tuple[float, float]]:
+    """Return the ranges, those of what only a Clip reads as narrow as what it writes."""
+    used = Counter(name for node in graph.node for name in node.input)
+    outputs = {output.name for output in graph.output}
+    narrow = {
+        read: ranges[written]
+        for read, written in clips.values()
+        if used[read] == 1 and read not in outputs and written in ranges
+    }
+    return {**ranges, **narrow}
 
 
 def _weighted(graph: onnx.GraphProto) -> Iterator[str]:
