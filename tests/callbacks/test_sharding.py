@@ -50,6 +50,10 @@ def test_strategies_whose_parts_cannot_be_gathered_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"use_orig_params=False.*Leave use_orig_params out"):
         check_strategy(nameless, "last")
     zero = trainer_with(object.__new__(DeepSpeedStrategy))
+    zero.strategy.config = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(ArgumentError, match=r"up to stage 2.*stage=2"):
+        check_strategy(zero, "last")
+    zero.strategy.config = {"zero_optimization": {"stage": 2}}
     check_strategy(zero, "last")
     with pytest.raises(ArgumentError, match=r"weights='best'.*weights='last'"):
         check_strategy(zero, "best")

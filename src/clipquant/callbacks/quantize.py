@@ -60,7 +60,7 @@ class QuantizeOnFitEnd(Callback):
     After the fit the module keeps its class, keys and dtypes and holds the dequantized weights, so
     that it gives exactly what the file gives.
 
-    Strategies that keep weights in parts (`ModelParallelStrategy`, `FSDPStrategy`, `DeepSpeedStrategy`) are
+    Strategies that keep weights in parts (`ModelParallelStrategy`, `FSDPStrategy`; DeepSpeed up to stage 2) are
     gathered a layer at a time when training ends; each process then holds its own parts of the dequantized
     weights. "rtn", "mse" and "hqq" are shared: each process codes its layers, and codes travel. What runs the network
     (judging by validation data, methods with data, bits="auto", exports, weights="best") has it whole in the first

@@ -80,6 +80,12 @@ def check_strategy(trainer: pl.Trainer, weights: str) -> None:
             "QuantizeOnFitEnd gathers each parameter under its own name; got "
             f"{name}(use_orig_params=False), which keeps none. Leave use_orig_params out."
         )
+    if isinstance(strategy, own.DeepSpeedStrategy) and strategy.zero_stage_3:
+        raise ArgumentError(
+            f"QuantizeOnFitEnd takes DeepSpeed up to stage 2, where each process has whole weights; got {name} of "
+            "stage 3. Use stage=2, ModelParallelStrategy (FSDP2) or FSDPStrategy, or call clipquant.quantize() on the "
+            "consolidated checkpoint."
+        )
     if isinstance(strategy, own.DeepSpeedStrategy) and weights == "best":
         raise ArgumentError(
             f"weights='best' reads a checkpoint as a whole, and those of {name} are in parts for its engine alone. "
