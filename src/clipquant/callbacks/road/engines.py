@@ -56,8 +56,6 @@ def engine_of(trainer: pl.Trainer, module: pl.LightningModule) -> Engine | None:
         return FlatEngine(model or module, module)
     if any(isinstance(tensor, DTensor) for tensor in held):
         return MeshEngine(module)
-    if any(hasattr(tensor, "ds_id") for tensor in held):
-        return ZeroEngine(module)
     return None
 
 
@@ -146,40 +144,6 @@ class FlatEngine:
             self._wrappers[unit], recurse=False, writeback=writeback
         )
         return opened
-
-
-class ZeroEngine:
-    """DeepSpeed's ZeRO stage 3: a parameter is gathered at a time."""
-
-    def __init__(self, module: nn.Module) -> None:
-        with bare(module):
-            held: list[tuple[str, Any]] = list(named_tensors(module))
-        self.parts = {key: tensor for key, tensor in held if hasattr(tensor, "ds_id")}
-        self.blanks: Mapping[str, Tensor] = {
-            k: _blank(t.ds_shape, t.dtype) for k, t in self.parts.items()
-        }
-        self.units: Sequence[Unit] = _largest_first([(key,) for key in self.parts], self.blanks)
-
-    @contextmanager
-    def whole(self, unit: Unit) -> Iterator[Mapping[str, Tensor]]:
-        with _gathered_parameters([self.parts[key] for key in unit], None):
-            yield {key: self.parts[key].detach() for key in unit}
-
-    def write_(self, unit: Unit, values: Mapping[str, Tensor]) -> None:
-        tensors = [self.parts[key] for key in values]
-        with _gathered_parameters(tensors, 0), torch.no_grad():
-            if dist.get_rank() == 0:  # whose values the engine gives to the others
-                for key, value in values.items():
-                    self.parts[key].copy_(value)
-
-
-def _gathered_parameters(
-    tensors: Sequence[Tensor], modifier_rank: int | None
-) -> AbstractContextManager[None]:
-    from deepspeed.zero import GatheredParameters
-
-    opened: AbstractContextManager[None] = GatheredParameters(tensors, modifier_rank=modifier_rank)
-    return opened
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
