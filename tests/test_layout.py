@@ -60,7 +60,6 @@ REASONS = {
     "export/parts/subject.py": "records; export/test_formats.py shows what they refuse",
     "quant/codes/adaptive.py": "quant/codes/test_entropy.py: what is foretold, and every stream by it",
     "quant/codes/lines.py": "quant/codes/test_entropy.py: matrices to lines and back",
-    "model/score.py": "budget/test_search.py: one figure, and one for each sample",
     "quant/codes/layout.py": "quant/codes/test_ranges.py: every layout there and back",
     "quant/codes/tensor.py": "quant/codes/test_ranges.py and test_pack.py: codes there and back",
     "quant/codes/weights.py": "quant/test_quantize.py: a whole model's weights",

@@ -298,7 +298,7 @@ def test_best_without_checkpoints_is_refused(tmp_path):
         ({"bits": 3.5}, "got 3.5"),
         ({"bits": "eight"}, "got 'eight'"),
         ({"levels": 0}, "levels .* got 0"),
-        ({"max_drop": 0.01}, "needs bits='auto'.*got bits=8 with max_drop=0.01"),
+        ({"max_drop": 0.01}, "need bits='auto'.*got bits=8 with max_drop=0.01"),
         ({"bits": "auto"}, "needs max_drop or max_size"),
         ({"method": "awq"}, "method must be one of .*'awq'"),
         ({"weights": "first"}, "weights must be one of 'last', 'best'"),
