@@ -76,7 +76,7 @@ def test_ctrl_c_while_quantizing_says_that_the_fit_was_complete_and_names_the_ch
     said = str(told[0].message)
     assert "the fit was complete" in said
     assert "The fit was stopped" not in said
-    assert told[0].filename == "clipquant"  # no line of source on the screen
+    assert told[0].filename == "<clipquant>"  # no line of source on the screen
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     assert f"Net.load_from_checkpoint({str(checkpoint)!r})" in said
     assert callback.artifact_path is None

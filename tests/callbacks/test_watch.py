@@ -207,4 +207,4 @@ def test_without_validation_data_one_line_says_that_nothing_was_judged(
 def test_warnings_show_no_source_of_ours(tmp_path: Any, recwarn: Any) -> None:
     fit(Judged(), tmp_path, quantizer(tmp_path, monitor="val_axc", mode="max"))
     own = [w for w in recwarn if "val_axc" in str(w.message)]
-    assert [w.filename for w in own] == ["clipquant"]
+    assert [w.filename for w in own] == ["<clipquant>"]

@@ -16,11 +16,11 @@ def warn(message: str) -> None:
     ...     warnings.simplefilter("always")
     ...     warn("no data")
     >>> print(told[0].filename, told[0].message)
-    clipquant no data
+    <clipquant> no data
     """
     _warn(message)
 
 
 @rank_zero_only
 def _warn(message: str) -> None:
-    warnings.warn_explicit(message, UserWarning, "clipquant", 1)
+    warnings.warn_explicit(message, UserWarning, "<clipquant>", 1)
