@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from clipquant import QuantizeOnFitEnd, TwoConvNet, load_quantized
 from clipquant.artifact import read_metadata
@@ -22,46 +22,8 @@ from clipquant.quant.methods.rtn import quantize_weight
 from clipquant.quant.network.layers import select
 from clipquant.reference import MNIST5k
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-class Small(pl.LightningModule):
-    """A classifier of 8x8 images small enough to fit in a blink."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-
-    def training_step(self, batch, _):
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch, i):
-        self.log("val_loss", self.training_step(batch, i))
-        self.log("val_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def loader(numel=64):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(numel, 1, 8, 8, generator=generator)
-    return DataLoader(
-        TensorDataset(images, torch.randint(0, 10, (numel,), generator=generator)), 16
-    )
-
-
-def fit(callback, tmp_path, model=None, callbacks=(), **arguments):
-    model = model or Small()
-    arguments = {"max_epochs": 1, "enable_checkpointing": False, **QUIET, **arguments}
-    trainer = pl.Trainer(callbacks=[callback, *callbacks], default_root_dir=tmp_path, **arguments)
-    trainer.fit(model, loader(), loader())
-    return trainer, model
+sys.path.insert(0, str(Path(__file__).parent))
+from small_fit import QUIET, Small, fit, loader
 
 
 @pytest.fixture(scope="module")

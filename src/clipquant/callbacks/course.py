@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -46,6 +47,22 @@ def check_course(trainer: pl.Trainer, name: str, value: float) -> None:
             f"{name} is a share of the fit, whose length must be known; got {name}={value!r} with max_epochs=-1 and no "
             f"max_steps. Set one of them, or {name}=0."
         )
+
+
+def check_same(what: str, asked: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raise where a fit would go on with other settings than its checkpoint was written with.
+
+    Args:
+        what: What goes on and whose settings they are, as in "the masks of its checkpoint: SparsifyWeights".
+        asked: Name of a setting -> its value now.
+        before: The same in the checkpoint.
+    """
+    for key, value in before.items():
+        if value != asked[key]:
+            raise ArgumentError(
+                f"a fit goes on with {what} had {key}={value!r} there, and has {key}={asked[key]!r} now. Give it the "
+                "same, or start from the weights alone (load_from_checkpoint)."
+            )
 
 
 def as_share(name: str, value: Any) -> float:

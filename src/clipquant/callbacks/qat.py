@@ -199,10 +199,18 @@ class QuantizationAwareTraining(Callback):
     def finish(self, pl_module: pl.LightningModule) -> Mapping[str, TrainedGrid]:
         """Give the layers their classes back and leave the trained values in them; return the grids.
 
-        Asked a second time it changes nothing.
+        Asked a second time it changes nothing. A fit that is over is not lost by what goes wrong here: the weights
+        stay as they stand, and one warning says so.
         """
         if self._running is not None:
-            self.trained = self._running.finish_(pl_module)
+            try:
+                self.trained = self._running.finish_(pl_module)
+            except Exception as error:
+                take_off(pl_module)
+                warn(
+                    "QuantizationAwareTraining could not put the trained weights on their grids "
+                    f"({type(error).__name__}: {error}); the module holds the float weights that were being trained."
+                )
             self._forget_()
         return self.trained
 

@@ -11,11 +11,10 @@ import lightning.pytorch as pl
 from clipquant.budget.chance import Judged
 from clipquant.callbacks.auto import choose_bits
 from clipquant.callbacks.checkpoint import logged_name
-from clipquant.callbacks.road.calibration import Found, try_batches
-from clipquant.callbacks.road.data import kept_generators, validation_loaders
-from clipquant.callbacks.road.judge import judge_parts, watched
+from clipquant.callbacks.road.calibration import Found, probe
+from clipquant.callbacks.road.judge import judge_parts
 from clipquant.callbacks.road.ranks import from_first, leaving
-from clipquant.callbacks.road.road import Road, open_road
+from clipquant.callbacks.road.road import open_road
 from clipquant.callbacks.settings import Settings
 from clipquant.model import QuantizedModel
 from clipquant.quant.codes.trained import TrainedGrid
@@ -75,16 +74,7 @@ def _chosen(trainer: pl.Trainer, module: pl.LightningModule, batches: Sequence[A
         raise RuntimeError("no QuantizeOnFitEnd has budgets.")
     found = Found(batches, f"{len(batches)} batches of the training so far")
 
-    def probe(road: Road) -> Any:
-        with watched(road.guest) as seen:
-            loaders = validation_loaders(road)
-            if loaders is not None:
-                with kept_generators(road, loaders):
-                    return [road.run(loaders, limit=1), seen]
-            try_batches(road, batches)
-            return [seen]
-
-    with open_road(trainer, module, probe, before=True) as road:
+    with open_road(trainer, module, lambda road: probe(road, batches), before=True) as road:
         before = Judged({})
         if settings.max_drop is not None:
             before = judge_parts(road, settings.watch(trainer, {}).name, None, apart=True)

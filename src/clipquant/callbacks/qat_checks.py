@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from clipquant.callbacks.course import check_same
 from clipquant.callbacks.lightning import package_of
 from clipquant.callbacks.qat_auto import budgets_of
 from clipquant.callbacks.settings import Settings
@@ -136,14 +137,8 @@ def check_resumed(callback: Any, loaded: Mapping[str, Any], names: Sequence[str]
         loaded: Its state in the checkpoint.
         names: Keys of the weights that are trained now.
     """
-    asked = settings_of(callback)
-    for key, before in loaded["settings"].items():
-        if before != asked[key]:
-            raise ArgumentError(
-                f"a fit goes on with the grids that its checkpoint has trained: {_NAME} had {key}={before!r} "
-                f"there, and has {key}={asked[key]!r} now. Give it the same, or start from the weights alone "
-                "(load_from_checkpoint)."
-            )
+    what = f"the grids that its checkpoint has trained: {_NAME}"
+    check_same(what, settings_of(callback), loaded["settings"])
     others = sorted(set(names) ^ set(loaded["grids"]))
     if others:
         raise ArgumentError(

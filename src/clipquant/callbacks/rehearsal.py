@@ -15,9 +15,9 @@ from clipquant.callbacks.auto import sensitivities
 from clipquant.callbacks.checkpoint import logged_name
 from clipquant.callbacks.export import find_call
 from clipquant.callbacks.failures import Failure, Failures
-from clipquant.callbacks.road.calibration import Found, loop_on, run_prepared, try_batches
-from clipquant.callbacks.road.data import kept_generators, validation_loaders
-from clipquant.callbacks.road.judge import judge, watched
+from clipquant.callbacks.road.calibration import Found, loop_on, probe, run_prepared, try_batches
+from clipquant.callbacks.road.data import validation_loaders
+from clipquant.callbacks.road.judge import judge
 from clipquant.callbacks.road.logged import Nature, Natures, nature_of
 from clipquant.callbacks.road.road import Road, open_road
 from clipquant.callbacks.settings import Settings
@@ -51,24 +51,18 @@ def rehearse(
 
     judged: Judged = ({}, {})
 
-    def probe(road: Road) -> Any:
-        with watched(road.guest) as seen:
-            loaders = validation_loaders(road)
-            if loaders is not None:
-                with kept_generators(road, loaders):
-                    return [road.run(loaders, limit=1), seen]
-            if found is None:
-                return None
-            try_batches(road, found.batches)
-            return [seen]
-
     with (
         failures.step(
             "running the module aside",
             "the weights will be quantized without data and not be judged",
             "Set num_sanity_val_steps=0 to leave the rehearsal out.",
         ),
-        open_road(trainer, module, probe, before=True) as road,
+        open_road(
+            trainer,
+            module,
+            lambda road: probe(road, [] if found is None else found.batches),
+            before=True,
+        ) as road,
     ):
         judged = _judge_(road, settings, failures)
         if found is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from clipquant.callbacks.course import check_same
 from clipquant.callbacks.lightning import package_of
 from clipquant.callbacks.qat_checks import refuse_shards_of
 from clipquant.errors import ArgumentError
@@ -71,13 +72,8 @@ def settings_of(callback: Any) -> dict[str, Any]:
 
 def check_resumed(callback: Any, loaded: Mapping[str, Any], targets: Sequence[Target]) -> None:
     """Raise where a checkpoint's masks are for other weights, or were chosen otherwise, than is asked now."""
-    asked = settings_of(callback)
-    for key, before in loaded["settings"].items():
-        if before != asked[key]:
-            raise ArgumentError(
-                f"a fit goes on with the masks of its checkpoint: SparsifyWeights had {key}={before!r} there, and has "
-                f"{key}={asked[key]!r} now. Give it the same, or start from the weights alone (load_from_checkpoint)."
-            )
+    what = "the masks of its checkpoint: SparsifyWeights"
+    check_same(what, settings_of(callback), loaded["settings"])
     own = {target.name for target in targets}
     others = sorted(own ^ set(loaded["masks"])) if loaded["masks"] else []
     if others:

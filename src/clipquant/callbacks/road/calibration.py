@@ -154,20 +154,24 @@ def _found(road: Road, source: Source, count: int, refused: list[str]) -> Found 
     return Found(batches, what, tuple(refused), road.plain)
 
 
-def probe(road: Road) -> Any:
+def probe(road: Road, batches: Sequence[Any] | None = None) -> Any:
     """Return what a guest gives on one batch, of validation or else of training: figures, and every part's outputs.
 
     None where there is nothing to run it on.
+
+    Args:
+        road: The road.
+        batches: Of training, as they are at hand; None: asked of the road.
     """
     loaders = validation_loaders(road)
     with watched(road.guest) as seen:
         if loaders is not None:
             with kept_generators(road, loaders):
                 return [road.run(loaders, limit=1), seen]
-        batches = SOURCES[0].batches(road, 1)
-        if not batches:
+        given = SOURCES[0].batches(road, 1) if batches is None else batches
+        if not given:
             return None
-        try_batches(road, batches)
+        try_batches(road, given)
         return [seen]
 
 
