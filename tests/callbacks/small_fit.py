@@ -1,5 +1,7 @@
 """A network and data small enough to fit in a blink, for tests of callbacks in real fits."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -46,3 +48,31 @@ def fit(callback, folder, model=None, callbacks=(), **arguments):
     trainer = pl.Trainer(callbacks=[callback, *callbacks], default_root_dir=folder, **arguments)
     trainer.fit(model, loader(), loader())
     return trainer, model
+
+
+class Net(pl.LightningModule):
+    """A classifier of rows with dropout, which counts its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+        self.trained = self.validated = 0
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, _: int) -> Any:
+        self.trained += 1
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self.validated += 1
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def rows(shuffle: bool = False) -> Any:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 16, shuffle=shuffle)

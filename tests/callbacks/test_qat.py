@@ -572,3 +572,20 @@ def test_a_resumed_fit_goes_on_with_the_ranges_of_its_inputs(tmp_path):
 def test_activations_of_another_width_are_refused():
     with pytest.raises(ValueError, match="activations must be one of 8, None; got 4"):
         QuantizationAwareTraining(4, activations=4)
+
+
+def test_grids_that_cannot_be_put_on_lose_no_fit(tmp_path, monkeypatch):
+    def broken(self, module):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("clipquant.quant.training.running.Running.finish_", broken)
+    quantizer = QuantizeOnFitEnd(4, dirpath=tmp_path / "out")
+    training = QuantizationAwareTraining(4, start=0)
+    with pytest.warns(
+        UserWarning, match="could not put the trained weights on their grids .*no room"
+    ):
+        _, model = fit(training, tmp_path, callbacks=[quantizer])
+    assert type(model.net[0]) is nn.Conv2d
+    assert training.trained == {}
+    held = load_quantized(quantizer.artifact_path, Small()).state_dict()
+    assert all(torch.equal(v, held[k]) for k, v in model.state_dict().items())

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
 from clipquant import QuantizeOnFitEnd
 from clipquant.errors import ArgumentError
 
-
-class Net(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3))
-        self.trained = self.validated = 0
-
-    def forward(self, x: Any) -> Any:
-        return self.net(x)
-
-    def training_step(self, batch: Any, _: int) -> Any:
-        self.trained += 1
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, _: int) -> None:
-        self.validated += 1
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def rows(shuffle: bool = False) -> Any:
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 16, shuffle=shuffle)
+sys.path.insert(0, str(Path(__file__).parent))
+from small_fit import Net, rows
 
 
 def fit(net: Any, tmp_path: Any, *callbacks: Any, val: Any = None, **given: Any) -> pl.Trainer:
