@@ -127,6 +127,7 @@ class QuantizationAwareTraining(Callback):
         self.float_metrics: Mapping[str, float] = {}
         self._batches: deque[Any] = deque(maxlen=CALIBRATION_BATCHES)
         self._running: Running | None = None
+        self._lost = False  # the grids, when the fit was over
         self._loaded: dict[str, Any] = {}
         self._peaks: dict[str, float] = {}  # index of an optimizer -> its largest rate so far
 
@@ -135,7 +136,7 @@ class QuantizationAwareTraining(Callback):
         self._forget_()
         if stage != "fit":
             return
-        self.trained, self.float_metrics = {}, {}
+        self.trained, self.float_metrics, self._lost = {}, {}, False
         check_course(trainer, "start", self.start)
         check_beside(self, trainer)
 
@@ -190,7 +191,7 @@ class QuantizationAwareTraining(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the values that were trained in the module."""
         self.finish(pl_module)
-        if not self.trained and trainer.global_step > 0:
+        if not self.trained and not self._lost and trainer.global_step > 0:
             warn(
                 f"QuantizationAwareTraining(start={self.start:g}) never began: the fit ended before that share of it. "
                 "The weights are those of a training in float. Set a smaller start, or let the fit go on."
@@ -206,6 +207,7 @@ class QuantizationAwareTraining(Callback):
             try:
                 self.trained = self._running.finish_(pl_module)
             except Exception as error:
+                self._lost = True
                 take_off(pl_module)
                 warn(
                     "QuantizationAwareTraining could not put the trained weights on their grids "
